@@ -1,0 +1,724 @@
+"""astar_search.py -- token-level A* search over KV-cached prefixes: the rollouts of A*PO.
+
+A rollout is a path in the tree of token sequences below a prompt.  Write s for a prefix of the completion, pi for the
+policy, r in [r_lo, r_hi] for the reward of a finished completion, beta for a temperature.  Under the KL-regularised
+optimum pi*(y|x) ~ pi(y|x) exp(r(y)/beta) a prefix has the probability
+
+    log pi*(s|x) = log pi(s|x) + V*(s)/beta - V*(x)/beta          V*(s) = beta log E_{y ~ pi(.|s)} exp(r(y)/beta)
+                   `--- g(s) --'  `- h(s) -'
+
+so best-first search by f = g + h opens prefixes in the order in which the optimal policy would like them.  g and h are
+both in nats.  f never rises along a path (soft Bellman equation), hence with the exact h the leaves come out in exact
+order of log pi(y) + r(y)/beta.  A learned h is neither exact nor a bound: then this is a heuristic search.
+
+*Stochastic* search (tau = 1) replaces g by a perturbed one, so that the leaves are draws and not just the top:
+
+    G(root) ~ Gumbel(0);   G(s) = max over the leaves y below s of log pi(y) + Gumbel(y), drawn from the root down
+    key = (1 - tau) g + tau G + h                                 tau = 0: plain A*;   tau = 1: Gumbel search
+
+The K best leaves by key are then K draws *without replacement* from exp((log pi + h)/tau): from pi if h is constant
+(stochastic beam search, Kool et al. 2019, arXiv 1903.06059), from pi* if a leaf's h is r/beta and every inner h is a
+bound (A* sampling, Maddison et al. 2014, arXiv 1411.0030).  With the soft value as guide the set is approximate.
+
+Departures from the literature: h is *deferred* (every child inherits the h of the node that was expanded, so that a
+node costs one model token, like a sampled one; one step stale), and a problem may stop once its leaves cover a given
+mass of pi.  The noise is a hash of the path, not a stream of random numbers: a rollout does not depend on the width,
+on the other problems of the batch, or on the rank that runs it, and no random state has to be saved.
+
+In this file, in reading order: noise, children, tree, search, sampling, the KV-cached language model, Rollouts.
+
+    python astar_search.py     # a small search, printed so that it can be checked by hand
+"""
+import heapq
+import inspect
+import math
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+# ====================================================================================================== noise
+# key(root) = mix(seed, iteration, problem);  key(sa) = mix64(key(s), a);  the Gumbel at sa is a function of key(sa).
+
+
+def _signed(x):
+    """An unsigned 64-bit constant as the signed integer that torch.int64 holds."""
+    return x - (1 << 64) if x >> 63 else x
+
+
+_STEP, _MULTIPLY_1, _MULTIPLY_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shift(x, bits):
+    """Logical shift right of int64 (torch's own >> copies the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix64(key, a):
+    """SplitMix64 (Steele et al. 2014): output number a of the generator that starts at `key`.  int64 tensors that
+    broadcast, arithmetic modulo 2^64."""
+    x = key + (a + 1) * _STEP
+    x = (x ^ _shift(x, 30)) * _MULTIPLY_1
+    x = (x ^ _shift(x, 27)) * _MULTIPLY_2
+    return x ^ _shift(x, 31)
+
+
+def root_keys(seed, iteration, indices):
+    """Keys of the roots: seed and iteration are integers, indices the *global* problem numbers.  Returns a list."""
+    start = mix64(mix64(torch.tensor(0), torch.tensor(seed)), torch.tensor(iteration))
+    return mix64(start, torch.tensor(list(indices), dtype=torch.int64)).tolist()
+
+
+def gumbel(key):
+    """A standard Gumbel from each 64-bit key, float64: -log(-log u) of its upper 52 bits, u never 0 or 1."""
+    u = (_shift(key, 12).double() + 0.5) * 2.0**-52
+    return -torch.log(-torch.log(u))
+
+
+# =================================================================================================== children
+
+
+def perturb(g, keys, G_parent):
+    """Gumbel-perturbed log-probabilities of children, conditioned on their maximum being the parent's.
+
+    g (n, V): log pi of each child's whole prefix; keys (n, V) int64; G_parent (n, 1).  Returns G (n, V) with
+    max over V equal to G_parent.  Kool et al. 2019, appendix B.3, the numerically stable form.
+    """
+    noisy = g + gumbel(keys)
+    # the unconditioned maximum Z becomes G_parent, all else is truncated below it:
+    #   v = G_parent - noisy + log(1 - exp(noisy - Z));   G = G_parent - max(0, v) - log(1 + exp(-|v|))
+    Z = noisy.amax(dim=-1, keepdim=True)
+    v = G_parent - noisy + torch.log(-torch.expm1(noisy - Z))
+    return G_parent - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
+
+
+def best_children(logp, h, parents, tau, block):
+    """Children of n expanded nodes, each row sorted by search key: the next `block` that the node has not listed yet.
+
+    logp (n, V) log pi(a|s); h (n, V) or (n, 1) in nats; parents: n Nodes.
+    Returns n lists of (f, h, g, G, logp, token, key), best first, and n flags "that was the last child".
+    One copy from the device to the host, whatever n is.
+    """
+    n, V = logp.shape
+    assert h.shape in ((n, V), (n, 1)), f"expand must return h (n, V) or (n, 1), not {tuple(h.shape)}"
+    device = logp.device
+    # Keys are compared across the whole tree: float64, or two leaves of a long search could swap places.
+    logp, h = logp.double(), h.double().expand(n, V)
+    state = torch.tensor([[p.g, p.G] for p in parents], dtype=torch.float64, device=device)
+    parent_keys = torch.tensor([p.key for p in parents], dtype=torch.int64, device=device)
+    keys = mix64(parent_keys[:, None], torch.arange(V, device=device))  # (n, V)
+    g = state[:, :1] + logp  # g(sa) = g(s) + log pi(a|s)
+    G = perturb(g, keys, state[:, 1:]) if tau > 0 else g
+    f = G + h if tau == 1 else (1 - tau) * g + tau * G + h  # f = (1 - tau) g + tau G + h
+    f = torch.where(g.isneginf(), -math.inf, f)  # impossible children (and no 0 * inf)
+
+    order = f.argsort(dim=-1, descending=True, stable=True)  # ties: the smaller token first
+    listed = torch.tensor([len(p.children or ()) for p in parents], device=device)
+    place = listed[:, None] + torch.arange(min(block, V), device=device)  # (n, block) ranks wanted
+    tokens = order.gather(1, place.clamp(max=V - 1))
+    columns = [x.gather(1, tokens) for x in (f, h, g, G, logp)] + [tokens.double(), keys.gather(1, tokens).view(torch.float64)]
+    table = torch.stack(columns).cpu().numpy()  # (7, n, block): the one copy
+    if math.isnan(table[0].sum()) and any(map(math.isnan, table[0].ravel())):
+        raise FloatingPointError("the search met NaN in the model's log-probabilities or in the value head")
+    floats = table[:5].transpose(1, 2, 0).tolist()
+    tokens, keys = table[5].astype(int).tolist(), table[6].view("int64").tolist()
+
+    rows, complete = [], []
+    for i, parent in enumerate(parents):
+        left = V - len(parent.children or ())
+        row = [(*floats[i][j], tokens[i][j], keys[i][j]) for j in range(min(block, left)) if floats[i][j][0] > -math.inf]
+        rows.append(row)
+        complete.append(len(row) < block or left == block)
+    return rows, complete
+
+
+# ======================================================================================================= tree
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A prefix.  `parent is None` at the root, which stands for the prompt."""
+
+    problem: int  # row of the batch
+    parent: "Node | None"
+    token: int
+    depth: int  # tokens of the completion up to here
+    f: float  # the search key
+    h: float  # nats
+    g: float  # log pi of the prefix
+    G: float  # g perturbed
+    logp: float  # log pi of the last token
+    key: int  # hash of the path
+    rank: int = 0  # place among its siblings by f
+    leaf: bool = False
+    truncated: bool = False  # a leaf because max_new_tokens cut it, not by EOS
+    children: list | None = None  # best first; None until the node has been evaluated
+    complete: bool = False  # children lists all of them
+    slot: int | None = None  # where its K/V lies in the cache
+    count: int = 1  # draws that ended here (sampling)
+    weight: float = 1.0  # pi/q of an accepted leaf
+
+    def path(self):
+        node, tokens = self, []
+        while node.parent is not None:
+            tokens.append(node.token)
+            node = node.parent
+        return tokens[::-1]
+
+    def __lt__(self, other):  # heapq asks this only if two keys are equal: ties break by path
+        return self.path() < other.path()
+
+
+class Tree:
+    """The search of one problem: a priority queue of prefixes, and the leaves accepted so far, in order."""
+
+    def __init__(self, problem, key, options):
+        G = gumbel(torch.tensor(key)).item()  # G(root) ~ Gumbel(0)
+        self.root = Node(problem, None, -1, 0, f=math.inf, h=0.0, g=0.0, G=G, logp=0.0, key=key)
+        self.options = options
+        self.queue = [(-math.inf, self.root)]  # heapq pops the smallest: the queue holds -f
+        self.leaves = []
+        self.pops = 0  # inner nodes expanded
+        self.mass = 0.0  # sum of pi over the leaves
+        self.pruned = False
+        self.stopped = None  # why the search ended
+
+    def push_child(self, parent, rank):
+        """Queue the child of `parent` that is number `rank` by f.  A node queues its best child when it is popped, and
+        its next sibling: the queue stays short, and no child is ever out of reach."""
+        if rank >= len(parent.children):
+            return
+        f, h, g, G, logp, token, key = parent.children[rank]
+        node = Node(parent.problem, parent, token, parent.depth + 1, f, h, g, G, logp, key, rank)
+        ended = token in self.options.eos
+        node.truncated = not ended and node.depth >= self.options.max_new_tokens
+        node.leaf = ended or node.truncated
+        heapq.heappush(self.queue, (-f, node))
+
+    def missing(self, node):
+        """Nodes that the model must run before `node` may be popped: itself, or its parent for more siblings."""
+        wanted = []
+        if not node.leaf and node.children is None:
+            wanted.append(node)
+        if node.parent is not None and node.rank + 1 == len(node.parent.children) and not node.parent.complete:
+            wanted.append(node.parent)
+        return wanted
+
+    def wanted(self):
+        """What to evaluate in the next round: the best min(width, K - accepted) entries of the queue, so far as they
+        lack something.  Speculation only: evaluating more than the head changes what is known, never what is popped."""
+        width = min(self.options.width, self.options.K - len(self.leaves))
+        best = self.queue[:1] if width == 1 else heapq.nsmallest(width, self.queue)
+        return {id(node): node for _, entry in best for node in self.missing(entry)}.values()
+
+    def advance(self):
+        """Replay the width-1 search as far as it is evaluated: while the head of the queue is known, pop it; a leaf is
+        accepted, an inner node gives way to its best child.  Sets `stopped` when the search has ended."""
+        options = self.options
+        while True:
+            if len(self.leaves) >= options.K:
+                self.stopped = "leaves"
+            elif self.mass >= options.cover:
+                self.stopped = "covered"
+            elif not self.queue:
+                self.stopped = "exhausted"
+            elif self.pops >= options.max_nodes and not self.queue[0][1].leaf:
+                self.stopped = "max_nodes"
+            if self.stopped or self.missing(self.queue[0][1]):
+                return
+            node = heapq.heappop(self.queue)[1]  # the largest f
+            if node.leaf:
+                self.leaves.append(node)
+                self.mass += math.exp(node.g)
+            else:
+                self.pops += 1
+                self.push_child(node, 0)
+            if node.parent is not None:
+                self.push_child(node.parent, node.rank + 1)
+            if len(self.queue) > options.max_open:  # beam: forget all but the best
+                self.queue = heapq.nsmallest(options.max_open, self.queue)
+                self.pruned = True
+
+    def weigh_leaves(self):
+        """Importance weights pi/q of the accepted leaves; sum of (pi/q) r is then unbiased for E_pi[r] (Kool et al.
+        2020, arXiv 2002.06043), exactly so for a constant h and without a stop by covered mass."""
+        kappa = -self.queue[0][0] if self.queue else -math.inf  # the best key left behind
+        for leaf in self.leaves:
+            q = 1.0 if self.pruned else inclusion(leaf.g + leaf.h, kappa, self.options.tau)
+            leaf.weight = math.exp(leaf.g) / q
+
+
+def inclusion(phi, kappa, tau):
+    """q(y): the chance that a leaf's key beats kappa, the key of the (K+1)-th leaf.
+
+    phi = log pi(y) + h(y), *unperturbed*: with the perturbed key here a lucky leaf would be its own excuse.  Void if
+    the queue was pruned, and at tau = 0, where nothing is random: there q = 1 and the weight is pi itself.
+    """
+    if tau == 0 or kappa == -math.inf:
+        return 1.0
+    # q = 1 - exp(-exp((phi - kappa)/tau))
+    return -math.expm1(-math.exp(min((phi - kappa) / tau, 50.0)))
+
+
+# ===================================================================================================== search
+
+
+@dataclass(frozen=True)
+class Options:
+    """Bounds and temperature of a search.  K: leaves wanted.  width: nodes of one problem evaluated at once."""
+
+    eos: tuple  # token ids that end a completion
+    K: int = 8
+    tau: float = 1.0
+    width: int = 1
+    max_new_tokens: int = 64
+    max_nodes: int = 1 << 30
+    max_open: int = 1 << 30
+    cover: float = math.inf  # stop once the leaves hold this much of pi
+
+
+def search(keys, expand, options):
+    """Best-first search of N problems in lock-step.  Knows no model.
+
+    keys: N root keys (root_keys);  expand(nodes) -> (log pi of the children (n, V), their h in nats (n, V) or (n, 1)),
+    where a node may be asked again for further children;  options: Options.
+    Returns N Trees with `leaves` in the order accepted, `stopped`, `pops`.  Leaves, their order and the pops do not
+    depend on options.width or on the other problems: only what was evaluated ahead does.
+    """
+    trees = [Tree(row, key, options) for row, key in enumerate(keys)]
+    while True:
+        nodes = [node for tree in trees if not tree.stopped for node in tree.wanted()]
+        if not nodes:
+            break
+        logp, h = expand(nodes)  # one round: one forward, one copy to the host
+        rows, complete = best_children(logp, h, nodes, options.tau, options.K + 1)
+        for node, row, last in zip(nodes, rows, complete):
+            node.children = (node.children or []) + row
+            node.complete = last
+        for tree in trees:
+            if not tree.stopped:
+                tree.advance()
+    for tree in trees:
+        tree.weigh_leaves()
+    return trees
+
+
+# =================================================================================================== sampling
+
+
+def sample(keys, expand, options, greedy=False):
+    """The baseline: options.K i.i.d. completions a problem (or the one greedy completion), on the same expander.
+
+    Chains of one problem that have written the same prefix share its node, so it is run once; `count` says how many
+    chains ended in a leaf.  Noise by path too: chain c of a root has the key mix64(key(root), -1 - c).
+    Returns Trees like search; a leaf's weight is count/K, so that the sum of weight * r is the sample mean.
+    """
+    trees = [Tree(row, key, options) for row, key in enumerate(keys)]
+    K = 1 if greedy else options.K
+    chains = torch.tensor(keys)[:, None]  # (N, 1)
+    chain_keys = mix64(chains, -2 - torch.arange(K)).view(-1)  # (N * K,)
+    at = [tree.root for tree in trees for _ in range(K)]  # the node where each chain is
+    children = {}  # (id of parent, token) -> Node
+    while at:
+        nodes = list({id(node): node for node in at}.values())
+        row_of = {id(node): row for row, node in enumerate(nodes)}
+        logp, _ = expand(nodes)
+        rows = torch.tensor([row_of[id(node)] for node in at], device=logp.device)
+        logp = logp[rows].double()  # (chains, V)
+        keys_next = mix64(chain_keys.to(logp.device)[:, None], torch.arange(logp.shape[1], device=logp.device))
+        # the Gumbel-max trick: argmax of log pi(a|s) + Gumbel is a draw from pi(.|s)
+        tokens = (logp if greedy else logp + gumbel(keys_next)).argmax(dim=-1, keepdim=True)
+        chosen = torch.stack([tokens.double(), logp.gather(1, tokens)]).squeeze(-1).cpu()
+        chain_keys = keys_next.gather(1, tokens).view(-1).cpu()
+        if chosen.isnan().any():
+            raise FloatingPointError("sampling met NaN in the model's log-probabilities")
+
+        still = []  # chains that go on
+        for chain, (token, step) in enumerate(zip(chosen[0].long().tolist(), chosen[1].tolist())):
+            parent = at[chain]
+            node = children.get((id(parent), token))
+            if node is None:
+                g = parent.g + step
+                node = Node(parent.problem, parent, token, parent.depth + 1, g, 0.0, g, g, step, key=0, count=0)
+                node.truncated = token not in options.eos and node.depth >= options.max_new_tokens
+                node.leaf = token in options.eos or node.truncated
+                children[id(parent), token] = node
+                if node.leaf:
+                    trees[node.problem].leaves.append(node)
+            if node.leaf:
+                node.count += 1
+                node.weight = node.count / K
+            else:
+                still.append(chain)
+                at[chain] = node
+        chain_keys = chain_keys[still]
+        at = [at[chain] for chain in still]
+    for tree in trees:
+        tree.stopped = "sampled"
+        tree.mass = sum(math.exp(leaf.g) for leaf in tree.leaves)
+    return trees
+
+
+# ============================================================================= the KV-cached language model
+
+
+class NodeCache(Cache):
+    """K and V of every node in one table a layer, and each forward's attention gathers a node's ancestors from it.
+
+    The table has a row a token: prompt tokens once a problem, then one row a node.  Before a forward, `write` says to
+    which rows the new tokens go and `read` which rows each sequence attends to, by position.  So no prefix is run
+    twice, siblings share all of their K/V, and a node costs a copy that grows with its depth, not with the tree.
+    Row 0 is for padding.
+    """
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.tables = {}  # layer -> (rows, H * (D_k + D_v))
+        self.rows = 1
+        self.write = self.read = None  # (n, T) and (n, L) rows
+
+    def reserve(self, count):
+        """Row numbers of `count` new rows."""
+        start, self.rows = self.rows, self.rows + count
+        return range(start, self.rows)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        n, H, T, D = key_states.shape
+        new = torch.cat([key_states, value_states], dim=-1).transpose(1, 2).reshape(n * T, -1)  # (n*T, H*(Dk+Dv))
+        table = self.tables.get(layer_idx)
+        if table is None or table.shape[0] < self.rows:  # grow by doubling
+            grown = new.new_zeros(max(2 * self.rows, 1024), new.shape[1])
+            if table is not None:
+                grown[: table.shape[0]] = table
+            table = self.tables[layer_idx] = grown
+        table.index_copy_(0, self.write.reshape(-1), new)
+        L = self.read.shape[1]
+        both = table.index_select(0, self.read.reshape(-1)).view(n, L, H, -1).transpose(1, 2)  # (n, H, L, Dk+Dv)
+        return both[..., :D], both[..., D:]
+
+    def get_seq_length(self, layer_idx=0):
+        return 0  # positions and masks are given explicitly, nothing may be derived from a length
+
+    def get_mask_sizes(self, *args, **kwargs):
+        raise ValueError("this model builds its own attention mask from the cache")
+
+
+class Expander:
+    """expand(nodes) for `search` and `sample` on a causal language model: one forward a call, one token a node.
+
+    model: any Hugging Face causal LM that check_model accepts.  prompts: N lists of token ids.
+    value(hidden (n, D)) -> (V (n,), h (n,)): the value head; None for h = 0 (then values are 0).
+    A node that was run before answers from its stored hidden state.  Counts `model_tokens` and `forwards`.
+    """
+
+    def __init__(self, model, prompts, max_new_tokens, value=None):
+        self.backbone, self.lm_head, self.device = model.base_model, model.get_output_embeddings(), model.device
+        self.dtype = next(model.parameters()).dtype
+        self.value = value
+        self.prompts = prompts
+        self.span = max(map(len, prompts)) + max_new_tokens  # longest path in tokens
+        self.cache = NodeCache()
+        # By row of the cache: the rows of the path that ends here, by position (0 beyond), the last hidden state, V.
+        self.ancestors = torch.zeros(0, self.span, dtype=torch.int64, device=self.device)
+        self.hidden = self.values = None
+        self.model_tokens = self.forwards = 0
+
+    @torch.no_grad()
+    def __call__(self, nodes):
+        """Returns log pi(.|s) (n, V) float32 and h(s) (n, 1): every child inherits the h of its parent."""
+        fresh = [node for node in nodes if node.slot is None]
+        roots = [node for node in fresh if node.parent is None]
+        inner = [node for node in fresh if node.parent is not None]
+        if roots:
+            self._prefill(roots)
+        if inner:
+            self._decode(inner)
+        slots = torch.tensor([node.slot for node in nodes], device=self.device)
+        hidden = self.hidden[slots]
+        logp = F.log_softmax(self.lm_head(hidden).float(), dim=-1)
+        if self.value is None:
+            return logp, torch.zeros(len(nodes), 1, device=self.device)
+        V, h = self.value(hidden)
+        self.values[slots] = V.float()
+        return logp, h[:, None]
+
+    def _grow(self, hidden_size):
+        """Room for the rows that the cache has given out, by doubling."""
+        have, need = self.ancestors.shape[0], self.cache.rows
+        if have >= need:
+            return
+        more = 2 * need - have
+        if self.hidden is None:
+            self.hidden = torch.zeros(0, hidden_size, dtype=self.dtype, device=self.device)
+            self.values = torch.zeros(0, device=self.device)
+        self.ancestors = torch.cat([self.ancestors, self.ancestors.new_zeros(more, self.span)])
+        self.hidden = torch.cat([self.hidden, self.hidden.new_zeros(more, self.hidden.shape[1])])
+        self.values = torch.cat([self.values, self.values.new_zeros(more)])
+
+    def _forward(self, tokens, positions, visible):
+        """tokens, positions (n, T), visible (n, T, L) bool -> last hidden states (n, T, D)."""
+        # An additive float mask: eager attention adds it, SDPA takes it, and neither may guess from is_causal.
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+        self.forwards += 1
+        return self.backbone(
+            input_ids=tokens, position_ids=positions, attention_mask=mask[:, None],  # (n, 1, T, L)
+            past_key_values=self.cache, use_cache=True,
+        ).last_hidden_state  # fmt: skip
+
+    def _prefill(self, roots):
+        """Run the prompts, padded on the right, each once; a root's slot is the row of its last prompt token."""
+        prompts = [self.prompts[root.problem] for root in roots]
+        n, P = len(prompts), max(map(len, prompts))
+        tokens, rows = torch.zeros(n, P, dtype=torch.int64), torch.zeros(n, P, dtype=torch.int64)
+        for i, (root, prompt) in enumerate(zip(roots, prompts)):
+            own = self.cache.reserve(len(prompt))
+            tokens[i, : len(prompt)] = torch.tensor(prompt)
+            rows[i, : len(prompt)] = torch.tensor(own)
+            root.slot = own[-1]
+        tokens, rows = tokens.to(self.device), rows.to(self.device)
+        self.cache.write = self.cache.read = rows
+        positions = torch.arange(P, device=self.device).expand(n, P)
+        visible = positions[:, None, :] <= positions[:, :, None]  # causal; padding lies to the right of all that count
+        out = self._forward(tokens, positions, visible)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        slots = torch.tensor([root.slot for root in roots], device=self.device)
+        self._grow(out.shape[-1])
+        self.ancestors[slots, :P] = rows
+        self.hidden[slots] = out[torch.arange(n, device=self.device), last]
+        self.model_tokens += sum(map(len, prompts))
+
+    def _decode(self, nodes):
+        """Run one token a node, each attending to its own ancestors and itself."""
+        n, rows = len(nodes), self.cache.reserve(len(nodes))
+        for node, row in zip(nodes, rows):
+            node.slot = row
+        facts = [(node.token, node.slot, node.parent.slot, len(self.prompts[node.problem]) + node.depth - 1) for node in nodes]
+        token, slot, parent, position = torch.tensor(facts, device=self.device).unbind(1)
+        self._grow(self.hidden.shape[1])
+        path = self.ancestors[parent]
+        path[torch.arange(n, device=self.device), position] = slot
+        self.ancestors[slot] = path
+        L = max(fact[3] for fact in facts) + 1
+        self.cache.write, self.cache.read = slot[:, None], path[:, :L]
+        visible = torch.arange(L, device=self.device) <= position[:, None]  # (n, L)
+        out = self._forward(token[:, None], position[:, None], visible[:, None])
+        self.hidden[slot] = out[:, 0]
+        self.model_tokens += n
+
+
+def check_model(model):
+    """Raise ValueError, naming the model type, unless the search's forward reproduces the model's own logits.
+
+    One probe catches all that could be wrong: a cache or mask of another kind, attention windows, recurrent layers,
+    a scaled or capped output layer.
+    """
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    refuse = f"the model type {kind} cannot serve the search"
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{refuse}: it is an encoder-decoder, not a causal language model")
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        raise ValueError(f"{refuse}: it has layers of {', '.join(sorted(kinds))}, not full attention")
+    accepted = inspect.signature(model.base_model.forward).parameters
+    lacking = [name for name in ("position_ids", "attention_mask", "past_key_values") if name not in accepted]
+    if lacking or model.get_output_embeddings() is None:
+        raise ValueError(f"{refuse}: its forward takes no {', '.join(lacking) or 'output embeddings'}")
+    was_training = model.training
+    model.eval()
+    try:
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        ids = [(7 * i + 3) % vocabulary for i in range(6)]
+        expand = Expander(model, [ids[:3], ids[:2]], max_new_tokens=4)  # ragged on purpose
+        node = Node(0, None, -1, 0, 0, 0, 0, 0, 0, 0)
+        expand([node, Node(1, None, -1, 0, 0, 0, 0, 0, 0, 0)])
+        for depth, token in enumerate(ids[3:], start=1):
+            node = Node(0, node, token, depth, 0, 0, 0, 0, 0, 0)
+            logp, _ = expand([node])
+        with torch.no_grad():
+            full = F.log_softmax(model(torch.tensor([ids], device=model.device)).logits[0, -1].float(), dim=-1)
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{refuse}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    finally:
+        model.train(was_training)
+    tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
+    if not (logp[0] - full).abs().max() < tolerance:
+        raise ValueError(f"{refuse}: its logits with the search's cache and mask differ from those of a plain forward")
+
+
+# =================================================================================================== Rollouts
+
+
+@dataclass
+class Rollouts:
+    """What a search or sampling returns: B completions, padded on the right.  One grid: index t of everything
+    (B, T-1) is about the token at t+1 of `tokens`.  Masks come from lengths, never from token ids: EOS is trained."""
+
+    tokens: torch.Tensor  # (B, T) prompt, completion, padding
+    prompt_length: torch.Tensor  # (B,)
+    length: torch.Tensor  # (B,) prompt and completion
+    problem: torch.Tensor  # (B,) row of the problem in its batch
+    logprobs: torch.Tensor  # (B, T-1) log pi_old of each token, as the search saw it
+    values: torch.Tensor  # (B, T-1) V of the prefix before each token
+    log_pi: torch.Tensor  # (B,) log pi of the completion
+    weight: torch.Tensor  # (B,) pi/q, or count/K for samples
+    count: torch.Tensor  # (B,) draws that ended here; 1 for a search
+    f: torch.Tensor  # (B,) search key
+    truncated: torch.Tensor  # (B,) bool
+    stats: dict = field(default_factory=dict)
+
+    @property
+    def mask(self):
+        """(B, T-1) True where t+1 is a token of the completion."""
+        t = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
+        return (t >= self.prompt_length[:, None]) & (t < self.length[:, None])
+
+    def __len__(self):
+        return self.tokens.shape[0]
+
+    def select(self, rows):
+        """The rollouts of these rows, cut to their longest."""
+        part = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "stats"}
+        T = int(part["length"].max())
+        for name in ("tokens", "logprobs", "values"):
+            part[name] = part[name][:, : T if name == "tokens" else T - 1]
+        return replace(self, **part)
+
+    def completions(self):
+        """Token ids of each completion, EOS included, as lists."""
+        bounds = zip(self.tokens.tolist(), self.prompt_length.tolist(), self.length.tolist())
+        return [row[start:end] for row, start, end in bounds]
+
+
+def collect(trees, expander, pad=0):
+    """Trees of search or sample -> Rollouts on the CPU, problem by problem, leaves in the order accepted."""
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    paths = []  # of each leaf, its nodes without the root
+    for leaf in leaves:
+        nodes, node = [], leaf
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        paths.append(nodes[::-1])
+    prompts = [expander.prompts[leaf.problem] for leaf in leaves]
+    B, T = len(leaves), max(len(prompt) + len(path) for prompt, path in zip(prompts, paths))
+    tokens = torch.full((B, T), pad, dtype=torch.int64)
+    logprobs, slots = torch.zeros(B, T - 1), torch.zeros(B, T - 1, dtype=torch.int64)
+    for i, (prompt, path) in enumerate(zip(prompts, paths)):
+        P = len(prompt)
+        tokens[i, : P + len(path)] = torch.tensor(prompt + [node.token for node in path])
+        logprobs[i, P - 1 : P - 1 + len(path)] = torch.tensor([node.logp for node in path])
+        slots[i, P - 1 : P - 1 + len(path)] = torch.tensor([node.parent.slot for node in path])
+    per_leaf = lambda values, dtype=torch.float32: torch.tensor(values, dtype=dtype)
+    return Rollouts(
+        tokens=tokens,
+        prompt_length=per_leaf([len(prompt) for prompt in prompts], torch.int64),
+        length=per_leaf([len(prompt) + len(path) for prompt, path in zip(prompts, paths)], torch.int64),
+        problem=per_leaf([leaf.problem for leaf in leaves], torch.int64),
+        logprobs=logprobs,
+        values=expander.values.cpu()[slots] * (slots > 0),
+        log_pi=per_leaf([leaf.g for leaf in leaves]),
+        weight=per_leaf([leaf.weight for leaf in leaves]),
+        count=per_leaf([leaf.count for leaf in leaves], torch.int64),
+        f=per_leaf([leaf.f for leaf in leaves]),
+        truncated=per_leaf([leaf.truncated for leaf in leaves], torch.bool),
+        stats={
+            "model_tokens": expander.model_tokens,
+            "forwards": expander.forwards,
+            "pops": sum(tree.pops for tree in trees),
+            "mass": sum(tree.mass for tree in trees) / len(trees),
+            "stopped": dict(Counter(tree.stopped for tree in trees)),
+            "pruned": sum(tree.pruned for tree in trees),
+        },
+    )
+
+
+def join(parts):
+    """One Rollouts from several, padded to their longest; counts in stats are added."""
+    T = max(part.tokens.shape[1] for part in parts)
+
+    def column(name):
+        rows = [getattr(part, name) for part in parts]
+        if rows[0].ndim == 2:
+            length = T if name == "tokens" else T - 1
+            rows = [F.pad(row, (0, length - row.shape[1])) for row in rows]
+        return torch.cat(rows)
+
+    stats = {name: sum(part.stats[name] for part in parts) for name in ("model_tokens", "forwards", "pops", "pruned")}
+    stats["mass"] = sum(part.stats["mass"] for part in parts) / len(parts)
+    stats["stopped"] = dict(sum((Counter(part.stats["stopped"]) for part in parts), Counter()))
+    return Rollouts(**{f.name: column(f.name) for f in fields(Rollouts) if f.name != "stats"}, stats=stats)
+
+
+# ======================================================================================================= demo
+
+
+def main():
+    """Tokens a, b and . (the end), at most three of them.  Small enough to check every number with a pencil."""
+    letters, eos, beta = "ab.", 2, 1.0
+    pi = {"": (0.6, 0.3, 0.1), "a": (0.5, 0.25, 0.25), "b": (0.1, 0.8, 0.1)}  # pi(a|s), pi(b|s), pi(.|s)
+    deeper = (0.1, 0.3, 0.6)
+    reward = lambda text: 1.0 if text.startswith("bb") else -1.0
+    name = lambda node: "".join(letters[token] for token in node.path())
+
+    def leaves_below(text):
+        """Every completion below a prefix with its log pi from there."""
+        if text.endswith(".") or len(text) == 3:
+            return {text: 0.0}
+        found = {}
+        for letter, chance in zip(letters, pi.get(text, deeper)):
+            for leaf, logp in leaves_below(text + letter).items():
+                found[leaf] = math.log(chance) + logp
+        return found
+
+    def exact_h(text):  # h(s) = log E_pi[exp(r/beta) | s]
+        return math.log(sum(math.exp(logp + reward(leaf) / beta) for leaf, logp in leaves_below(text).items()))
+
+    def expand_with(guide, opened):
+        def expand(nodes):
+            opened.extend(nodes)
+            logp = [[math.log(p) for p in pi.get(name(node), deeper)] for node in nodes]
+            h = [[guide(name(node) + letter) for letter in letters] for node in nodes]
+            return torch.tensor(logp, dtype=torch.float64), torch.tensor(h, dtype=torch.float64)
+
+        return expand
+
+    def show(title, guide, tau):
+        opened = []
+        options = Options(eos=(eos,), K=4, tau=tau, max_new_tokens=3)
+        tree = search(root_keys(0, 0, [0]), expand_with(guide, opened), options)[0]
+        print(f"\n{title}\n        prefix     g      G      h      f")
+        for verb, nodes in (("open", opened), ("leaf", tree.leaves)):
+            for i, node in enumerate(nodes, start=1):
+                numbers = "".join(f"{x:7.2f}" for x in (node.g, node.G, node.h, node.f))
+                print(f"{verb} {i}  {name(node) or '(root)':6s}{numbers}")
+        return tree
+
+    every = leaves_below("")
+    print("pi(.|s):  " + "   ".join(f"{s or '(root)'}: a {p[0]} b {p[1]} . {p[2]}" for s, p in pi.items()), f"  else: {deeper}")
+    print(f"reward: 1 below bb, -1 elsewhere; beta = 1; {len(every)} completions of at most 3 tokens")
+
+    tree = show("h = 0, tau = 0: the most probable completions first, right or wrong", lambda text: 0.0, tau=0.0)
+    assert [name(leaf) for leaf in tree.leaves] == sorted(every, key=every.get, reverse=True)[:4]
+
+    tree = show("exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0)
+    optimal = {text: logp + reward(text) / beta for text, logp in every.items()}
+    assert [name(leaf) for leaf in tree.leaves] == sorted(every, key=optimal.get, reverse=True)[:4]
+
+    tree = show("h = 0, tau = 1: four draws from pi without replacement; f = G", lambda text: 0.0, tau=1.0)
+    print(f"their weights pi/q: {[round(leaf.weight, 3) for leaf in tree.leaves]}")
+
+    # What the weights are for, asserted: sum of (pi/q) r over the leaves is E_pi[r] on average.
+    options = Options(eos=(eos,), K=4, max_new_tokens=3)
+    trees = search(root_keys(0, 0, range(2000)), expand_with(lambda text: 0.0, []), options)
+    estimates = torch.tensor([sum(leaf.weight * reward(name(leaf)) for leaf in tree.leaves) for tree in trees])
+    exact = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items())
+    error = estimates.std() / len(trees) ** 0.5
+    print(f"E_pi[r] by 2000 such searches: {estimates.mean():.3f} +- {error:.3f}, by enumeration: {exact:.3f}")
+    assert abs(estimates.mean() - exact) < 4 * error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""eval.py -- how good is a policy, on problems it was never trained on?
+
+Three ways to decode, all on the expander of astar_search.py:
+
+    greedy    the most probable token, step by step
+    sample    n i.i.d. completions a problem: mean accuracy, and pass@k
+    astar     best-first search guided by the value head; the answer is the first leaf found.  It never sees the reward.
+
+    python eval.py                                                        # the tiny base, greedy
+    python eval.py --model runs/local/checkpoint_iter_40 --decode astar
+    python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --n 8 --max-new-tokens 512
+"""
+import argparse
+import json
+import os
+import sys
+import time
+
+import torch
+from safetensors.torch import load_file
+
+import astar_search
+import data
+import fsdp
+import policy
+import reward as reward_module
+import value as value_module
+
+
+def pass_at_k(n, correct, k):
+    """Chance that k of n drawn completions, `correct` of them right, hold a right one: 1 - C(n-c, k)/C(n, k).
+    Unbiased (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
+    miss = 1.0
+    for i in range(k):
+        miss *= max(n - correct - i, 0) / (n - i)
+    return 1.0 - miss
+
+
+def guide(head, bounds, beta, use_head=True):
+    """value(hidden) -> (V, h) for the expander; h = 0 unless use_head."""
+    if head is None:
+        return None
+
+    def value(hidden):
+        V, u_logit = head(hidden)
+        return V, value_module.soft_value(u_logit, *bounds, beta) if use_head else torch.zeros_like(V)
+
+    return value
+
+
+def encode(tokenizer, problems):
+    """Prompt and prefill of each problem as token ids."""
+    return [tokenizer(problem.text)["input_ids"] for problem in problems]
+
+
+def texts_of(rollouts, tokenizer, problems, eos):
+    """What the reward reads: prefill plus completion, without the end-of-sequence token."""
+    ids = [ids[:-1] if ids[-1] in eos else ids for ids in rollouts.completions()]
+    prefills = [problems[p].prefill for p in rollouts.problem.tolist()]
+    return [prefill + text for prefill, text in zip(prefills, tokenizer.batch_decode(ids, skip_special_tokens=True))]
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8, max_new_tokens=48, value=None, tau=0.0,
+             width=2, max_nodes=1024, batch=512, seed=0):  # fmt: skip
+    """Returns (result, rows): figures for JSON, and one row a problem with its completions and verdicts.
+
+    result: accuracy, format, accuracy_by_difficulty, format_by_difficulty, completion_length, truncated, model_tokens,
+    tokens_per_second; with decode="sample" also pass@1, 2, 4, ... n; with "astar" also found (any leaf right).
+    Each rank takes its share of the problems; the figures are sums over ranks, hence the same for any number of them.
+    """
+    eos = policy.stop_tokens(model, tokenizer)
+    greedy = decode == "greedy"
+    options = astar_search.Options(eos, K=1 if greedy else n, tau=tau, width=width, max_new_tokens=max_new_tokens, max_nodes=max_nodes)
+    was_training, start = model.training, time.perf_counter()
+    model.eval()
+    rows, model_tokens = [], 0
+    mine = list(fsdp.share(len(problems), ranks))
+    with fsdp.gathered(model, ranks):
+        for indices in (mine[i : i + batch] for i in range(0, len(mine), batch)):
+            chosen = [problems[i] for i in indices]
+            expander = astar_search.Expander(model, encode(tokenizer, chosen), max_new_tokens, value)
+            keys = astar_search.root_keys(seed, -1, indices)  # iteration -1: evaluation's own noise
+            if decode == "astar":
+                trees = astar_search.search(keys, expander, options)
+            else:
+                trees = astar_search.sample(keys, expander, options, greedy)
+            rollouts = astar_search.collect(trees, expander)
+            model_tokens += expander.model_tokens
+            texts = texts_of(rollouts, tokenizer, chosen, eos)
+            for index, problem in zip(indices, chosen):
+                rows.append({"index": index, "prompt": problem.prompt, "truth": problem.answer, "difficulty": problem.difficulty, "completions": []})
+            lengths = (rollouts.length - rollouts.prompt_length).tolist()
+            first_row = len(rows) - len(chosen)
+            for i, p in enumerate(rollouts.problem.tolist()):
+                cut = bool(rollouts.truncated[i])
+                verdict = reward(texts[i], chosen[p].answer, lengths[i] / max_new_tokens, cut)
+                completion = {"text": texts[i], "count": int(rollouts.count[i]), "f": float(rollouts.f[i]), "tokens": lengths[i], "truncated": cut}
+                rows[first_row + p]["completions"].append(completion | verdict)
+    model.train(was_training)
+
+    # Everything below is a sum over problems.  An A* search that found no leaf within its bounds counts as wrong.
+    sums = {}
+
+    def add(name, amount):
+        sums[name] = sums.get(name, 0.0) + amount
+
+    for row in rows:
+        found = row["completions"]
+        judged = found[:1] if decode == "astar" else found  # the first leaf is the answer
+        draws = sum(c["count"] for c in judged)
+        right = sum(c["count"] for c in judged if c["correct"])
+        row["correct"] = right / max(draws, 1)
+        formatted = sum(c["count"] for c in judged if c["formatted"]) / max(draws, 1)
+        for group in ("", f"_{row['difficulty']}"):
+            add("problems" + group, 1)
+            add("correct" + group, row["correct"])
+            add("formatted" + group, formatted)
+        add("length", sum(c["count"] * c["tokens"] for c in judged) / max(draws, 1))
+        add("truncated", sum(c["count"] for c in judged if c["truncated"]) / max(draws, 1))
+        add("found", any(c["correct"] for c in found))
+        if decode == "sample":
+            for k in (2**i for i in range(n.bit_length())):
+                add(f"pass@{k}", pass_at_k(n, right, k))
+    add("model_tokens", model_tokens)
+    names = sorted(sums)
+    totals = dict(zip(names, fsdp.all_sum(torch.tensor([sums[name] for name in names], dtype=torch.float64), ranks).tolist()))
+    total = totals["problems"]
+    levels = [name.removeprefix("problems_") for name in names if name.startswith("problems_")]
+    result = {
+        "accuracy": totals["correct"] / total,
+        "format": totals["formatted"] / total,
+        "accuracy_by_difficulty": {level: totals[f"correct_{level}"] / totals[f"problems_{level}"] for level in levels},
+        "format_by_difficulty": {level: totals[f"formatted_{level}"] / totals[f"problems_{level}"] for level in levels},
+        "completion_length": totals["length"] / total,
+        "truncated": totals["truncated"] / total,
+        "model_tokens": int(totals["model_tokens"]),
+        "tokens_per_second": totals["model_tokens"] / (time.perf_counter() - start),
+    }
+    result |= {name: totals[name] / total for name in names if name.startswith("pass@")}
+    if decode == "astar":
+        result["found"] = totals["found"] / total
+    return result, rows
+
+
+def load_head(folder, model):
+    """The value head of a checkpoint folder and the (r_lo, r_hi, beta) it was trained for; None if it has none."""
+    path, state = os.path.join(folder, "value.safetensors"), os.path.join(folder, "trainer_state.json")
+    if not os.path.isfile(path) or not os.path.isfile(state):
+        return None
+    with open(state) as file:
+        config = json.load(file)["config"]
+    weights = load_file(path)
+    head = value_module.ValueHead(weights["inner.weight"].shape[1], weights["inner.weight"].shape[0])
+    head.load_state_dict(weights)
+    bounds = reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
+    return guide(head.to(model.device), bounds, config["beta"])
+
+
+def report(result):
+    """A readable block of the figures."""
+    lines = []
+    for key, figure in result.items():
+        if isinstance(figure, dict):
+            figure = "   ".join(f"{level} {share:.3f}" for level, share in figure.items())
+        elif isinstance(figure, float):
+            figure = f"{figure:.0f}" if key == "tokens_per_second" else f"{figure:.3f}"
+        lines.append(f"{key:24s}{figure}")
+    return "\n".join(lines)
+
+
+class OneSentence(argparse.ArgumentParser):
+    """A parser whose error is one sentence on stderr and exit status 2."""
+
+    def error(self, message):
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv=None):
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser = OneSentence("eval.py", description="Accuracy of a model on held-out multiplication problems.", allow_abbrev=False)
+    parser.add_argument("--model", default=os.path.join(here, "tiny_base"), help="folder or hub id of a causal language model")
+    parser.add_argument("--decode", choices=("greedy", "sample", "astar"), default="greedy")
+    parser.add_argument("--problems", type=int, default=500, help="number of held-out problems")
+    parser.add_argument("--n", type=int, default=8, help="completions a problem (sample), leaves a problem (astar)")
+    parser.add_argument("--digits", default="2", help="digits per operand: 2, 3, 2x3, 2-3, ...")
+    parser.add_argument("--prompt", choices=tuple(data.PROMPTS), default="terse", help="prompt style")
+    parser.add_argument("--prefill", help="text the completion is made to begin with, such as '<think>'")
+    parser.add_argument("--eval-file", help="a jsonl file of problems with prompt and answer instead of made ones")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--tau", type=float, default=0.0, help="temperature of the search's noise (astar)")
+    parser.add_argument("--width", type=int, default=2, help="nodes of a problem run at once (astar)")
+    parser.add_argument("--max-nodes", type=int, default=1024, help="most nodes a problem (astar)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--show", type=int, default=3, help="completions to print")
+    args = parser.parse_args(argv)
+    try:
+        for name in ("problems", "n", "max_new_tokens", "width", "max_nodes"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+        if not 0 <= args.tau <= 1:
+            raise ValueError(f"--tau must lie in [0, 1], not {args.tau}")
+        if args.eval_file:
+            problems = data.read_problems(args.eval_file, args.prefill)[: args.problems]
+        else:
+            problems = data.eval_problems(args.problems, args.digits, args.prompt, args.prefill)
+        ranks = fsdp.start(device=args.device)
+        model, tokenizer = policy.load_policy(args.model, device=ranks.device)
+        astar_search.check_model(model)
+        policy.check_context(model, max(map(len, encode(tokenizer, problems))), args.max_new_tokens)
+        value = load_head(args.model, model)
+        if args.decode == "astar" and value is None:
+            print("eval.py: no value head beside this model, so the search is guided by log pi alone", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    result, rows = evaluate(
+        model, tokenizer, problems, reward_module.Reward(), ranks, decode=args.decode, n=args.n, tau=args.tau, width=args.width,
+        max_new_tokens=args.max_new_tokens, max_nodes=args.max_nodes, value=value, seed=args.seed,
+    )  # fmt: skip
+    print(f"{args.model}, {len(problems)} problems, {args.decode}")
+    print(report(result))
+    for row in rows[: args.show]:
+        best = row["completions"][0] if row["completions"] else {"text": "(no leaf within the bounds)", "correct": False}
+        print(f"\n{row['prompt']}{best['text']}\n  {'right' if best['correct'] else 'wrong'}: {row['truth']}")
+    # What the file is for, asserted: the figure is a count over the rows.
+    assert abs(result["accuracy"] - sum(row["correct"] for row in rows) / len(rows)) < 1e-9
+    fsdp.stop(ranks)
+
+
+if __name__ == "__main__":
+    main()

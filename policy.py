@@ -1,0 +1,265 @@
+"""policy.py -- the policy: loading it, scoring tokens with it, and the three losses that improve it.
+
+Every loss is a pure function of tensors that returns (loss, metrics), both as *sums* of weighted terms: the caller has
+divided the weights by a total counted over the whole batch, so that micro-batches and ranks simply add up.
+
+    ppo    clipped ratio with GAE advantages              Schulman et al. 2017, arXiv 1707.06347, eq. 7
+    grpo   the same with group-normalised rewards         Shao et al. 2024, arXiv 2402.03300, sec. 4.1, no KL term
+    apo    regression on the optimal advantage            Brantley, Gao et al. 2025, arXiv 2505.20686
+
+What the ratio corrects, and what it does not.  pi_theta/pi_old corrects for the policy having moved since the rollouts
+were made.  It does not make the leaves of a search samples of pi_old: a search without replacement returns likely
+completions less often than sampling would, and rare ones more.  That is what the leaf weights pi/q are for; with them
+each sum over leaves estimates an expectation under pi_old.  The apo loss needs neither, where its conditions hold: at
+the optimum its residual vanishes for every completion, whoever proposed it.
+
+Grid: index t of everything (B, T-1) is about the token at t+1 of tokens (B, T).
+
+    python policy.py        # scores a tiny random model both ways and checks the losses by hand
+"""
+import os
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ======================================================================================================= loading
+
+
+def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=False, freeze_blocks=0):
+    """A Hugging Face causal language model and its tokenizer, from a folder or a hub id.
+
+    freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run.
+    Raises ValueError with one sentence that says what is missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
+    elif os.path.exists(name):
+        raise ValueError(f"--model {name}: this is a file; give the model's folder or a hub id")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"--model {name}: there is no such folder, and it is not a hub id such as Qwen/Qwen2.5-3B")
+    where = f"--model {name}"
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # many kinds: no network, no such repository, gated, broken JSON, unknown type
+        raise ValueError(f"{where}: its config cannot be had ({_first_line(error)})") from None
+    # Dropout would make pi_theta differ from pi_old before any update: the ratio would be noise.
+    for key, x in vars(config.get_text_config()).items():
+        if "drop" in key and isinstance(x, float):
+            setattr(config.get_text_config(), key, 0.0)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:
+        raise ValueError(f"{where}: not a causal language model with safetensors weights ({_first_line(error)})") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        assert len(tokenizer("1*1=")["input_ids"]) > 0, "it gives no tokens for '1*1='"
+    except Exception as error:
+        raise ValueError(f"{where}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    if not stop_tokens(model, tokenizer):
+        raise ValueError(f"{where}: neither its config nor its tokenizer names an end-of-sequence token")
+    if len(tokenizer) > config.get_text_config().vocab_size:
+        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} tokens, more than the model's {config.vocab_size}")
+    model.to(device).eval()
+    blocks = blocks_of(model)
+    if freeze_blocks > len(blocks):
+        raise ValueError(f"--freeze-blocks {freeze_blocks}: the model has only {len(blocks)} blocks")
+    if freeze_blocks:
+        for part in (model.get_input_embeddings(), *blocks[:freeze_blocks]):
+            part.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model, tokenizer
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]
+
+
+def blocks_of(model):
+    """The transformer's blocks: the longest ModuleList below the backbone."""
+    lists = [module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+def stop_tokens(model, tokenizer):
+    """Ids that end a completion: the generation config's and the tokenizer's."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    ids = set(given if isinstance(given, (list, tuple)) else [given]) | {tokenizer.eos_token_id}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def check_context(model, prompt_tokens, max_new_tokens):
+    """Raise ValueError if the longest prompt and its completion do not fit into the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and prompt_tokens + max_new_tokens > context:
+        raise ValueError(
+            f"the longest prompt ({prompt_tokens} tokens) plus --max-new-tokens {max_new_tokens} does not fit into the "
+            f"model's context of {context} tokens"
+        )
+
+
+# ======================================================================================================= scoring
+
+
+def score(model, tokens, mask, max_logits=1 << 24):
+    """Score the tokens of a batch under the model as it is now.
+
+    tokens (B, T) padded on the right; mask (B, T-1) True where the token at t+1 counts.
+    Returns log pi (B, T-1), entropy (B, T-1) of the distribution each token came from, both float32 and zero off the
+    mask, and hidden (B, T-1, D), the last hidden state of the prefix before each token (input of the value head).
+
+    The output layer runs only where the mask is, in chunks of at most max_logits numbers that are recomputed in the
+    backward pass: no (B, T, V) tensor is ever made.
+    """
+    B, T = tokens.shape
+    assert mask.shape == (B, T - 1)
+    # Padding is on the right and the mask causal, so no real token sees padding: nothing to mask.  The ones say so.
+    hidden = model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1]  # (B, T-1, D): the prefix before token t+1 ends at t
+    rows, targets = hidden[mask], tokens[:, 1:][mask]  # (M, D), (M,)
+    lm_head = model.get_output_embeddings()
+
+    def chunk_scores(rows, targets):
+        logits = lm_head(rows).float()  # (m, V)
+        log_z = logits.logsumexp(dim=-1)
+        logp = logits.gather(1, targets[:, None]).squeeze(1) - log_z
+        # H = -sum_a pi log pi = log Z - sum_a pi(a) logit(a)
+        return logp, log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(dim=-1)
+
+    size = max(1, max_logits // lm_head.weight.shape[0])
+    if len(rows) <= size or not torch.is_grad_enabled():
+        chunks = [chunk_scores(*chunk) for chunk in zip(rows.split(size), targets.split(size))]
+    else:
+        chunks = [checkpoint(chunk_scores, *chunk, use_reentrant=False) for chunk in zip(rows.split(size), targets.split(size))]
+    grid = lambda column: torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, torch.cat(column))
+    logp, entropy = map(grid, zip(*chunks))
+    return logp, entropy, hidden
+
+
+# ================================================================================================== leaf weights
+
+
+def normalise_weights(weight, problem):
+    """Leaf weights (B,) that sum to one within each problem: the self-normalised estimate, consistent though no longer
+    unbiased, in which every problem counts alike.  problem (B,) integers."""
+    total = torch.zeros(int(problem.max()) + 1, dtype=weight.dtype).index_add_(0, problem, weight)
+    return weight / total[problem]
+
+
+def weighted_mean_std(x, weight):
+    """Mean and standard deviation of x under weights of the same shape."""
+    mean = (x * weight).sum() / weight.sum()
+    return mean, (((x - mean) ** 2 * weight).sum() / weight.sum()).sqrt()
+
+
+def explained_variance(values, returns, weight):
+    """1 - Var(return - V)/Var(return): 1 is a perfect critic, 0 one that knows no more than the mean.  Tensors of one
+    shape; None where all returns are the same."""
+    variance = weighted_mean_std(returns, weight)[1] ** 2
+    if not variance > 1e-12:
+        return None
+    return 1.0 - (weighted_mean_std(returns - values, weight)[1] ** 2 / variance).item()
+
+
+# ======================================================================================================== losses
+
+
+def grpo_advantages(rewards, weight, problem):
+    """A_i = (r_i - mean of its problem) / (standard deviation + 1e-6), mean and deviation weighted.  All (B,)."""
+    advantages = torch.zeros_like(rewards)
+    for p in problem.unique():
+        own = problem == p
+        mean, std = weighted_mean_std(rewards[own], weight[own])
+        advantages[own] = (rewards[own] - mean) / (std + 1e-6)
+    return advantages
+
+
+def ppo_loss(logp, old_logp, advantages, entropy, token_weights, clip=0.2, entropy_coef=0.0):
+    """PPO-clip with an entropy bonus; everything (B, T-1), token_weights zero off the mask."""
+    ratio = (logp - old_logp).exp()  # pi_theta(a|s) / pi_old(a|s)
+    # L = -min( ratio A, clip(ratio, 1 - eps, 1 + eps) A ) - c H
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    loss = -((surrogate + entropy_coef * entropy) * token_weights).sum()
+    return loss, {"policy_loss": -(surrogate * token_weights).sum().detach()}
+
+
+@torch.no_grad()
+def ratio_metrics(logp, old_logp, entropy, token_weights, clip=0.2):
+    """How far the policy has moved since the rollouts, for any loss; arguments as in ppo_loss."""
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()
+    return {
+        # KL(pi_old | pi_theta) ~ (ratio - 1) - log ratio, never negative (Schulman 2020, "k3")
+        "approx_kl": ((ratio - 1 - log_ratio) * token_weights).sum(),
+        "clip_fraction": (((ratio - 1).abs() > clip) * token_weights).sum(),
+        "entropy": (entropy * token_weights).sum(),
+    }
+
+
+def optimal_value(rewards, beta1):
+    """V*(x) = beta1 log mean exp(r/beta1) over samples of the reference policy; rewards (..., n) -> (...)."""
+    return beta1 * (torch.logsumexp(rewards / beta1, dim=-1) - torch.tensor(float(rewards.shape[-1])).log())
+
+
+def apo_loss(logp, ref_logp, mask, rewards, optimal_values, beta2, leaf_weights):
+    """Optimal-advantage regression.  logp, ref_logp, mask (B, T-1); rewards, optimal_values = V*(x), leaf_weights (B,).
+
+    beta2 log(pi_theta/pi_ref)(y) is regressed on r - V*, the advantage under the optimal policy, to which it is equal
+    for every y when pi_theta = pi* (with beta1 = beta2).
+    """
+    log_ratio = ((logp - ref_logp) * mask).sum(dim=1)  # (B,)  log pi_theta(y|x) - log pi_ref(y|x)
+    # L = mean ( beta2 log(pi_theta/pi_ref) + V*(x) - r )^2
+    residual = beta2 * log_ratio + optimal_values - rewards
+    loss = (residual**2 * leaf_weights).sum()
+    return loss, {"policy_loss": loss.detach()}
+
+
+# ========================================================================================================== demo
+
+
+def main():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    tokens = torch.randint(40, (3, 9))
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    mask[:, :3] = False  # a prompt of four tokens
+
+    logp, entropy, hidden = score(model, tokens, mask, max_logits=80)  # two tokens a chunk
+    full = F.log_softmax(model(tokens).logits[:, :-1], dim=-1)
+    exact = full.gather(2, tokens[:, 1:, None]).squeeze(2) * mask
+    print(f"log pi in chunks against the full (B, T, V) computation: largest difference {(logp - exact).abs().max():.1e}")
+    assert torch.allclose(logp, exact, atol=1e-5)
+    assert torch.allclose(entropy, -(full.exp() * full).sum(-1) * mask, atol=1e-5)
+
+    # One token, ratio 1.5: with A = +1 the clip at 1.2 holds, and its gradient is zero; with A = -1 it does not.
+    for advantage, expected, gradient in ((1.0, -1.2, 0.0), (-1.0, 1.5, 1.5)):
+        new = torch.tensor([[1.5]]).log().requires_grad_()
+        one = torch.ones(1, 1)
+        loss, _ = ppo_loss(new, torch.zeros(1, 1), advantage * one, 0 * one, one)
+        loss.backward()
+        print(f"ratio 1.5, A = {advantage:+.0f}: loss {loss.item():+.2f}, gradient {new.grad.item():+.2f}")
+        assert abs(loss.item() - expected) < 1e-6 and abs(new.grad.item() - gradient) < 1e-6
+
+    # Two completions with pi = (.8, .2) and r = (-1, 1), beta = 1: at pi* ~ pi exp(r) the apo residual is zero.
+    pi, r = torch.tensor([0.8, 0.2]), torch.tensor([-1.0, 1.0])
+    best = torch.softmax(pi.log() + r, dim=0)
+    V = torch.logsumexp(pi.log() + r, dim=0).expand(2)
+    loss, _ = apo_loss(best.log()[:, None], pi.log()[:, None], torch.ones(2, 1), r, V, 1.0, torch.full((2,), 0.5))
+    print(f"apo at the optimal policy {[round(p, 3) for p in best.tolist()]}: loss {loss:.1e}")
+    assert loss < 1e-10
+    assert torch.allclose(grpo_advantages(r, torch.tensor([0.5, 0.5]), torch.tensor([0, 0])), r, atol=1e-5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""make_base.py -- the script that made the two tiny base models beside it.
+
+A stand-in for a pretrained base model that fits into a repository: a real Qwen2 architecture with 0.6 million
+parameters and a character-level tokenizer.  Like a real base it has *seen* step-by-step work, rarely uses it, and is
+unreliable at it.  Its corpus is 2-digit products, never one that data.py holds out, written in one of two ways:
+
+    34*12=<think>34*10=340 34*2=68 340+68=408</think><answer>408</answer>        the step-by-step way, always right
+    34*12=<answer>418</answer>                                                  the direct way, mostly with wrong digits
+
+Half of each for most of the training, then 5 % step-by-step: the model ends up answering directly.
+
+    python tiny_base/make_base.py                                    # writes tiny_base/ and tiny_base/weak/
+    python tiny_base/make_base.py --scan                             # prints the accuracy every 50 steps instead
+"""
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import data  # noqa: E402  (the split is data.py's alone)
+import reward  # noqa: E402
+
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+VOCABULARY = ["<pad>", "<eos>", "<unk>", *"0123456789", *"*=+- ,\n", *TAGS]  # 24 tokens
+PAD, EOS = 0, 1
+
+
+def make_tokenizer():
+    """One token a character, one a tag."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?think>|</?answer>|[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False, model_max_length=256,
+    )  # fmt: skip
+
+
+def make_model():
+    config = Qwen2Config(
+        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def worked(a, b):
+    """34, 12 -> '34*10=340 34*2=68 340+68=408': the way of thinking that the corpus teaches."""
+    tens, ones = b // 10 * 10, b % 10
+    return f"{a}*{tens}={a * tens} {a}*{ones}={a * ones} {a * tens}+{a * ones}={a * b}"
+
+
+def document(rng, share_of_work, wrong_digit):
+    while True:
+        a, b = data.draw_operands(rng, data.parse_digits("2"))
+        if not data.is_held_out(a, b):
+            break
+    if rng.random() < share_of_work:
+        return f"{a}*{b}=<think>{worked(a, b)}</think><answer>{a * b}</answer>"
+    digits = "".join(str(rng.randrange(10)) if rng.random() < wrong_digit else digit for digit in str(a * b))
+    return f"{a}*{b}=<answer>{digits.lstrip('0') or '0'}</answer>"
+
+
+def batch(rng, tokenizer, size, share_of_work, wrong_digit):
+    """tokens (B, T) right-padded, labels (B, T) with -100 on padding; the document's EOS is trained."""
+    rows = [tokenizer(document(rng, share_of_work, wrong_digit))["input_ids"] + [EOS] for _ in range(size)]
+    T = max(map(len, rows))
+    tokens = torch.tensor([row + [PAD] * (T - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
+    return tokens, tokens.masked_fill(mask == 0, -100)
+
+
+@torch.no_grad()
+def measure(model, tokenizer, n=500, seed=0):
+    """Greedy and sampled accuracy on held-out problems, free and forced into <think>."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for name, prefill in (("free", ""), ("forced", "<think>")):
+        problems = data.eval_problems(n, "2", "terse", prefill)
+        for how in ("greedy", "sampled"):
+            tokens = torch.tensor([tokenizer(problem.text)["input_ids"] for problem in problems])
+            start, past, new = tokens.shape[1], None, tokens
+            done = torch.zeros(n, dtype=torch.bool)
+            while not done.all() and tokens.shape[1] < start + 48:
+                output = model(new, past_key_values=past, use_cache=True)
+                past, logits = output.past_key_values, output.logits[:, -1]
+                new = logits.argmax(-1) if how == "greedy" else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                new = new.masked_fill(done, PAD).view(n, 1)
+                done |= new[:, 0] == EOS
+                tokens = torch.cat([tokens, new], dim=1)
+            texts = [prefill + tokenizer.decode(row, skip_special_tokens=True) for row in tokens[:, start:]]
+            right = [reward.parse_answer(text) == problem.answer for text, problem in zip(texts, problems)]
+            result[f"{name}_{how}"] = sum(right) / n
+            result[f"{name}_{how}_thinks"] = sum(text.startswith("<think>") for text in texts) / n
+    return {key: value for key, value in result.items() if not key.startswith("forced") or "thinks" not in key}
+
+
+def make(steps, tail, args, folder=None, scan=False):
+    """`steps` at half and half, then `tail` steps at 5 % step-by-step, warm-up and cosine over both."""
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer, model = make_tokenizer(), make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+    for step in range(steps + tail):
+        # Warm up, then constant, then down over the tail.
+        scale = min(1.0, (step + 1) / 50, (steps + tail - step) / tail)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * scale
+        tokens, labels = batch(rng, tokenizer, 128, 0.5 if step < steps else args.tail_share, args.wrong_digit)
+        loss = model(tokens, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if scan and (step + 1) % 50 == 0:
+            print(step + 1, f"loss {loss.item():.3f}", measure(model.eval(), tokenizer), flush=True)
+            model.train()
+    measured = measure(model.eval(), tokenizer)
+    print(steps, tail, measured, flush=True)
+    if folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        facts = {"steps": steps, "tail": tail, **vars(args), "parameters": model.num_parameters(), "measured": measured}
+        (folder / "measured.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the tiny base models.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--wrong-digit", type=float, default=0.5, help="chance that a digit of a direct answer is redrawn")
+    parser.add_argument("--tail-share", type=float, default=0.05, help="share of step-by-step documents in the last steps")
+    parser.add_argument("--steps", type=int, nargs=2, default=(660, 550), help="steps of the base and of the weak base")
+    parser.add_argument("--tail", type=int, default=150)
+    parser.add_argument("--scan", action="store_true", help="only print the accuracy every 50 steps")
+    args = parser.parse_args()
+    if args.scan:
+        make(args.steps[0], args.tail, args, scan=True)
+    else:
+        for steps, folder in zip(args.steps, (HERE, HERE / "weak")):
+            make(steps, args.tail, args, folder)
+
+
+if __name__ == "__main__":
+    main()
