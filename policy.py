@@ -73,7 +73,9 @@ def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=
         for part in (model.get_input_embeddings(), *blocks[:freeze_blocks]):
             part.requires_grad_(False)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 renamed the method; both names take the same argument
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model, tokenizer
 

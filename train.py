@@ -117,8 +117,8 @@ PRESETS = {
         gradient_checkpointing="on", problems_per_iteration=128, rollout_batch=32, minibatches=4, epochs=1,
     ),
 }  # fmt: skip
-# May differ between a run and its continuation.
-FREE_ON_RESUME = {"device", "distributed", "output_dir", "eval_every", "checkpoint_every", "keep_checkpoints", "samples",
+# May differ between a run and its continuation.  More iterations stretch the cosine of the learning rate.
+FREE_ON_RESUME = {"iterations", "device", "distributed", "output_dir", "eval_every", "checkpoint_every", "keep_checkpoints", "samples",
                   "resume", "overwrite", "micro_batch", "model", "rollout_batch"}  # fmt: skip
 
 

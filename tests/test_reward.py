@@ -24,8 +24,9 @@ def tag_soup(rng):
 def likely(rng):
     """Random completions that are close to the format asked for."""
     thought = rng.choice(("", "<think>a<b\nc</think>", "<think><answer>5</answer></think>", "<think>", "</think>", " "))
-    answer = rng.choice(("<answer>%s</answer>", "<answer>%s</answer>\n", "<answer>%s", "%s", "<answer>%s</answer>."))
-    return rng.choice(("", " ", "so ")) + thought + rng.choice(("", "\n", "!")) + answer % rng.choice(TEXT)
+    forms = ("<answer>%s</answer>", "<answer>%s</answer>\n", "<answer>%s", "%s", "<answer>%s</answer>.")
+    answers = "".join(rng.choice(forms) % rng.choice(TEXT) for _ in range(rng.choice((1, 1, 1, 2, 3))))
+    return rng.choice(("", " ", "so ")) + thought + rng.choice(("", "\n", "!")) + answers
 
 
 # ---------------------------------------------------- the parser once more, slowly and by other means: no regex

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_h_from_u_is_the_soft_value_for_any_reward():
 
 
 def test_h_from_V_bounds_it_and_is_equal_for_two_rewards():
-    """Guards against the claim that V will do.  For rewards between the ends it must be off by nats, not by rounding."""
+    """Guards against the claim that V will do: for rewards between the ends it is off by nats, not by rounding."""
     rng = random.Random(1)
     largest = 0.0
     for _ in range(500):
@@ -63,9 +64,9 @@ def test_h_from_V_bounds_it_and_is_equal_for_two_rewards():
         assert from_V > exact - 1e-8 * max(1.0, abs(exact))
         largest = max(largest, (from_V - exact).item())
         p = rng.random()
-        two = torch.logit(tensor((p * r_lo + (1 - p) * r_hi - r_lo) / (r_hi - r_lo)))
+        u = tensor((p * r_lo + (1 - p) * r_hi - r_lo) / (r_hi - r_lo))  # from V of two rewards
         exact = torch.logaddexp(tensor(math.log(p) + r_lo / beta), tensor(math.log(1 - p) + r_hi / beta))
-        assert abs(soft_value(two, r_lo, r_hi, beta) - exact) < 1e-8 * max(1.0, abs(exact))
+        assert abs(soft_value(torch.logit(u), r_lo, r_hi, beta) - exact) < 1e-8 * max(1.0, abs(exact))
     assert largest > 3.0
 
 
@@ -199,7 +200,8 @@ def test_the_head_learns_and_leaves_the_hidden_states_alone():
 
 def test_value_loss_by_hand():
     """V = (.5, 0), returns (1, -1), u = 1/2, targets (1, 0), weights (2, .25): 2 * .25 + .25 * 1 for V,
-    2 * .25 + .25 * .25 for u.  Guards against a mean inside (micro-batches would weigh unequally) and a loss on u's logit instead of u."""
+    2 * .25 + .25 * .25 for u.  Guards against a mean inside (micro-batches would weigh unequally) and against a loss
+    on the logit of u."""
     V, u_logit = tensor([[0.5, 0.0]]).requires_grad_(), tensor([[0.0, 0.0]]).requires_grad_()
     loss, metrics = value_loss(V, u_logit, tensor([[1.0, -1.0]]), tensor([[1.0, 0.0]]), tensor([[2.0, 0.25]]))
     assert loss.item() == 0.75 + 0.5625
@@ -228,7 +230,7 @@ def test_value_loss_adds_up_over_micro_batches():
 
 # ----------------------------------------------------------- what the head learns from a search (theorem 14)
 
-EOS, DEPTH, BETA, R_LO, R_HI = 2, 4, 0.5, -1.0, 1.1
+EOS, DEPTH, BETA, R_LO, R_HI = 2, 4, 1.0, -1.0, 1.0
 
 
 def table(seed):
@@ -242,7 +244,7 @@ def table(seed):
         log_pi.update({path + (token,): log_pi[path] + logp[path][token].item() for token in range(3)})
     leaves = [path for path in log_pi if path not in logp]
     leaves.sort(key=log_pi.get, reverse=True)
-    reward = {leaf: R_HI if place < 2 else rng.choice((R_LO, R_LO, -0.9)) for place, leaf in enumerate(leaves)}
+    reward = {leaf: R_HI if place < 2 else rng.choice((-0.6, 0.0)) for place, leaf in enumerate(leaves)}
     return logp, log_pi, reward
 
 
@@ -252,21 +254,29 @@ def expectation(prefix, log_pi, reward, function):
     return sum(math.exp(log_pi[leaf] - log_pi[prefix]) * function(reward[leaf]) for leaf in below)
 
 
-def fit(rows, prefixes, rewards, mask, token_weights):
-    """A tabular head, one V and one u a prefix, fitted by the product's loss.  Returns V, u_logit as dicts."""
-    numbers = {prefix: number for number, prefix in enumerate(prefixes)}
-    index = torch.tensor([[numbers[leaf[:t]] if t < len(leaf) else 0 for t in range(DEPTH)] for leaf in rows])
-    head = torch.zeros(2, len(prefixes), dtype=DOUBLE, requires_grad=True)
+def fit(leaves, prefixes, reward, weights):
+    """A tabular head, one V and one u a prefix, fitted by the product's loss on leaves (paths) of these weights.
+    The loss is linear in the weights, so equal leaves share a row.  Returns V, u as dicts."""
+    total = Counter()
+    for leaf, weight in zip(leaves, weights):
+        total[leaf] += weight
+    number = {prefix: i for i, prefix in enumerate(prefixes)}
+    index = torch.tensor([[number[leaf[:t]] if t < len(leaf) else 0 for t in range(DEPTH)] for leaf in total])
+    mask = tensor([[float(t < len(leaf)) for t in range(DEPTH)] for leaf in total])
+    rewards = tensor([reward[leaf] for leaf in total])
     returns = monte_carlo_returns(rewards, mask)
     targets = monte_carlo_returns(soft_target(rewards, R_LO, R_HI, BETA), mask)
+    token_weights = tensor(list(total.values()))[:, None] / sum(weights) * mask
+    head = torch.zeros(2, len(prefixes), dtype=DOUBLE, requires_grad=True)
     optimizer = torch.optim.Adam([head], lr=0.05, eps=1e-15)
-    for step in range(800):
-        optimizer.param_groups[0]["lr"] = 0.05 * min(1.0, (800 - step) / 400)
+    for step in range(1_000):
+        optimizer.param_groups[0]["lr"] = 0.05 * min(1.0, (1_000 - step) / 500)
         loss, _ = value_loss(head[0][index], head[1][index], returns, targets, token_weights)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return ({prefix: numbers_of[i].item() for prefix, i in numbers.items()} for numbers_of in head.detach())
+    V, u = head.detach()[0].tolist(), torch.sigmoid(head.detach()[1]).tolist()
+    return dict(zip(prefixes, V)), dict(zip(prefixes, u))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -277,47 +287,42 @@ def test_a_head_fitted_on_weighted_leaves_converges_to_V_and_unweighted_does_not
     At each prefix that pi visits at least 5 % of the time: V within 4 standard errors of E_pi[r | s], u likewise.
     """
     logp, log_pi, reward = table(seed)
+    rows, number = torch.stack(list(logp.values())), {prefix: i for i, prefix in enumerate(logp)}
 
     def expand(nodes):
-        return torch.stack([logp[tuple(node.path())] for node in nodes]), torch.zeros(len(nodes), 1)
+        return rows[[number[tuple(node.path())] for node in nodes]], torch.zeros(len(nodes), 1)
 
     n = 1_200
     trees = search(root_keys(seed, 0, range(n)), expand, Options(eos=(EOS,), K=4, max_new_tokens=DEPTH))
     leaves = [(tuple(leaf.path()), leaf.weight, tree) for tree, found in enumerate(trees) for leaf in found.leaves]
-    rows = [path for path, _, _ in leaves]
-    rewards = tensor([reward[path] for path in rows])
-    mask = tensor([[float(t < len(path)) for t in range(DEPTH)] for path in rows])
-    weights = tensor([weight for _, weight, _ in leaves])
-    V, u_logit = fit(rows, list(logp), rewards, mask, weights[:, None] * mask / weights.sum())
-    plain, plain_u = fit(rows, list(logp), rewards, mask, mask / len(rows))
+    paths, weights, _ = zip(*leaves)
+    V, u = fit(paths, list(logp), reward, weights)
+    plain_V, plain_u = fit(paths, list(logp), reward, [1.0] * len(paths))
 
     def error(prefix, function, mean):
         """Standard error of a ratio of sums over searches: sum w (f(r) - mean) / sum w, below the prefix."""
-        above, below = torch.zeros(n, dtype=DOUBLE), torch.zeros(n, dtype=DOUBLE)
+        above, below = [0.0] * n, 0.0
         for path, weight, tree in leaves:
             if path[: len(prefix)] == prefix:
                 above[tree] += weight * (function(reward[path]) - mean)
-                below[tree] += weight
-        return (above.std() / n**0.5 / below.mean()).item()
+                below += weight / n
+        return tensor(above).std().item() / n**0.5 / below
 
-    def target(r):
-        return soft_target(tensor(r), R_LO, R_HI, BETA).item()
-
+    targets = {r: soft_target(tensor(r), R_LO, R_HI, BETA).item() for r in reward.values()}
     visited = [prefix for prefix in logp if math.exp(log_pi[prefix]) >= 0.05]
     assert () in visited and len(visited) >= 4
     for prefix in visited:
-        exact, exact_u = (expectation(prefix, log_pi, reward, function) for function in (float, target))
-        print(prefix, V[prefix]- exact, error(prefix, float, exact), torch.sigmoid(tensor(u_logit[prefix])).item() - exact_u, error(prefix,target,exact_u), plain[prefix]-exact)
-        assert abs(V[prefix] - exact) < 4 * error(prefix, float, exact) + 1e-6
-        assert abs(torch.sigmoid(tensor(u_logit[prefix])) - exact_u) < 4 * error(prefix, target, exact_u) + 1e-6
+        for fitted, function in ((V, float), (u, targets.get)):
+            exact = expectation(prefix, log_pi, reward, function)
+            assert abs(fitted[prefix] - exact) < 4 * error(prefix, function, exact) + 1e-6
 
-    print(exact, soft_value(tensor(u_logit[()]), R_LO, R_HI, BETA), soft_value(tensor(plain_u[()]), R_LO, R_HI, BETA))
-    # The root, where all leaves count: h follows, and the mean of the leaves is far from it.
+    # The root: h follows from u, and both means of the leaves are far from the truth.  Measured for seed 0 (1):
+    # V .439 (.774), exact .446 (.771), unweighted .169 (.388);  h .663 (.861), exact .668 (.859), plain .445 (.566)
     exact = expectation((), log_pi, reward, float)
     soft = math.log(expectation((), log_pi, reward, lambda r: math.exp(r / BETA)))
-    assert abs(soft_value(tensor(u_logit[()]), R_LO, R_HI, BETA) - soft) < 0.1
-    assert abs(V[()] - exact) < 0.1 and exact - plain[()] > 0.4  # (two numbers, one right)
-    assert soft - soft_value(tensor(plain_u[()]), R_LO, R_HI, BETA) > 0.2
+    h, plain_h = (soft_value(torch.logit(tensor(found[()])), R_LO, R_HI, BETA) for found in (u, plain_u))
+    assert abs(V[()] - exact) < 0.05 and exact - plain_V[()] > 0.2
+    assert abs(h - soft) < 0.05 and soft - plain_h > 0.2
 
 
 @pytest.mark.parametrize("name", ["value", "astar_search"])
