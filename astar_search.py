@@ -209,7 +209,7 @@ class Tree:
     def wanted(self):
         """What to evaluate in the next round: the best min(width, K - accepted) entries of the queue, so far as they
         lack something.  Speculation only: evaluating more than the head changes what is known, never what is popped."""
-        width = min(self.options.width, self.options.K - len(self.leaves))
+        width = min(self.options.width, max(1, self.options.K - len(self.leaves)))
         best = self.queue[:1] if width == 1 else heapq.nsmallest(width, self.queue)
         return {id(node): node for _, entry in best for node in self.missing(entry)}.values()
 
@@ -218,7 +218,9 @@ class Tree:
         accepted, an inner node gives way to its best child.  Sets `stopped` when the search has ended."""
         options = self.options
         while True:
-            if len(self.leaves) >= options.K:
+            # The weights need the key of leaf K+1.  At tau = 1 the head of the queue has it (for a constant h: G is the
+            # maximum below a prefix); in between it is only a bound, so search on until the head is that leaf.
+            if len(self.leaves) >= options.K and (options.tau in (0, 1) or not self.queue or self.queue[0][1].leaf):
                 self.stopped = "leaves"
             elif self.mass >= options.cover:
                 self.stopped = "covered"
@@ -312,7 +314,7 @@ def sample(keys, expand, options, greedy=False):
     """The baseline: options.K i.i.d. completions a problem (or the one greedy completion), on the same expander.
 
     Chains of one problem that have written the same prefix share its node, so it is run once; `count` says how many
-    chains ended in a leaf.  Noise by path too: chain c of a root has the key mix64(key(root), -1 - c).
+    chains ended in a leaf.  Noise by path too: chain c of a root has the key mix64(key(root), -2 - c).
     Returns Trees like search; a leaf's weight is count/K, so that the sum of weight * r is the sample mean.
     """
     trees = [Tree(row, key, options) for row, key in enumerate(keys)]

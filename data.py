@@ -11,6 +11,7 @@ about its data.
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -58,12 +59,12 @@ def parse_digits(digits):
 
     Returns ((least, most digits of a), (least, most digits of b)).  Raises ValueError with one sentence otherwise.
     """
-    match = re.fullmatch(r"(\d)(?:-(\d))?(?:x(\d)(?:-(\d))?)?", str(digits))
+    match = re.fullmatch(r"([1-6])(?:-([1-6]))?(?:x([1-6])(?:-([1-6]))?)?", str(digits))
     if match:
         a_lo, a_hi, b_lo, b_hi = (int(group) if group else None for group in match.groups())
         a = (a_lo, a_hi or a_lo)
         b = (b_lo, b_hi or b_lo) if b_lo is not None else a
-        if 1 <= a[0] <= a[1] <= 6 and 1 <= b[0] <= b[1] <= 6:
+        if a[0] <= a[1] and b[0] <= b[1]:
             return a, b
     raise ValueError(f"--digits {digits}: expected digits per operand from 1 to 6, such as 2, 3, 2x3, 2-3 or 1-2x4")
 
@@ -123,6 +124,8 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
 
     The first 100 of 500 are the 100.  Raises ValueError if the range does not hold n such pairs.
     """
+    if n < 1:
+        raise ValueError(f"the number of evaluation problems must be 1 or more, not {n}")
     rng = random.Random(f"evaluation {seed}")
     ranges = parse_digits(digits)
     found = {}
@@ -132,6 +135,10 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
         a, b = draw_operands(rng, ranges)
         if is_held_out(a, b):
             found.setdefault((min(a, b), max(a, b)), (a, b))
+    if len(found) < n:  # a small range: the last pairs are drawn too rarely, so go through all of it
+        for a, b in itertools.product(*(range(10 ** (least - 1), 10**most) for least, most in ranges)):
+            if len(found) < n and is_held_out(a, b):
+                found.setdefault((min(a, b), max(a, b)), (a, b))
     if len(found) < n:
         raise ValueError(f"--digits {digits} holds only {len(found)} evaluation problems, fewer than the {n} asked for")
     return [make_problem(a, b, style, prefill) for a, b in found.values()]
@@ -151,8 +158,8 @@ def read_problems(path, prefill=None):
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg})") from None
+            except ValueError as error:
+                raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected an object with the keys prompt and answer")
             for key in ("prompt", "answer"):
@@ -160,9 +167,11 @@ def read_problems(path, prefill=None):
                     raise ValueError(f"{where}: the key {key} is missing")
             if not isinstance(row["prompt"], str) or not row["prompt"]:
                 raise ValueError(f"{where}: prompt must be a text that is not empty")
-            if isinstance(row["answer"], bool) or not re.fullmatch(r"[+-]?\d+", str(row["answer"])):
+            if isinstance(row["answer"], bool) or not re.fullmatch(r"[+-]?[0-9]{1,90}", str(row["answer"])):
                 raise ValueError(f"{where}: answer must be a whole number, not {row['answer']!r}")
             given = row.get("prefill", "") if prefill is None else prefill
+            if not isinstance(given, str):
+                raise ValueError(f"{where}: prefill must be a text")
             problems.append(Problem(row["prompt"], int(row["answer"]), str(row.get("difficulty", "all")), given))
     if not problems:
         raise ValueError(f"{path}: no problems in it")
@@ -198,7 +207,7 @@ def statistics(problems, encode=None):
 def main():
     parser = argparse.ArgumentParser(description="Statistics of the problems, and a check that the split is clean.")
     parser.add_argument("--digits", default="2", help="digits per operand: 2, 3, 2x3, 2-3, ... up to 6 (default 2)")
-    parser.add_argument("--n", type=int, default=500, help="evaluation problems (default 500, or all there are)")
+    parser.add_argument("--n", type=int, default=500, help="evaluation problems (default 500)")
     parser.add_argument("--file", help="a jsonl file with prompt and answer instead of made problems")
     args = parser.parse_args()
     try:

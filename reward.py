@@ -17,13 +17,15 @@ ANSWER = re.compile(r"<answer>([^<>]*)</answer>")
 # each problem would have endlessly many correct completions, and "distinct correct" would count paddings of zeros.
 NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*)")
 # Well-formed: at most one thought, then one answer, then nothing but white space.
-WELL_FORMED = re.compile(r"\s*(?:<think>(?:(?!</?think>|</?answer>).)*</think>)?\s*<answer>[^<>]*</answer>\s*", re.DOTALL)
+WELL_FORMED = re.compile(r"\s*(?:<think>(?:(?!</?think>|</?answer>).)*</think>\s*)?<answer>[^<>]*</answer>\s*", re.DOTALL)
 
 
 def parse_number(text):
     """The whole number that `text` is ('408', ' -1,204 ', '+7'), or None ('', '4 08', '007', '12,34', '3.5', '4e2')."""
     text = text.strip(" \t\r\n")
-    return int(text.replace(",", "")) if text.isascii() and NUMBER.fullmatch(text) else None
+    if len(text) < 100 and text.isascii() and NUMBER.fullmatch(text):  # int() refuses endless digits
+        return int(text.replace(",", ""))
+    return None
 
 
 def parse_answer(completion):

@@ -51,7 +51,10 @@ def soft_value(u_logit, r_lo, r_hi, beta):
 
 
 def soft_target(rewards, r_lo, r_hi, beta):
-    """What u is regressed on: (exp(r/beta) - exp(r_lo/beta)) / (exp(r_hi/beta) - exp(r_lo/beta)), any shape, in [0, 1]."""
+    """What u is regressed on: (exp(r/beta) - exp(r_lo/beta)) / (exp(r_hi/beta) - exp(r_lo/beta)), any shape, in [0, 1].
+
+    In float32 it underflows to 0 where (r_hi - r)/beta exceeds about 100 nats: such a reward is then as bad as r_lo.
+    """
     # the same, divided through by exp(r_hi/beta): nothing here overflows
     numerator = torch.exp((rewards - r_hi) / beta) * -torch.expm1(-(rewards - r_lo) / beta)
     return numerator / -torch.expm1(torch.as_tensor(-(r_hi - r_lo) / beta, dtype=rewards.dtype))
@@ -79,7 +82,7 @@ def gae(rewards, values, mask, lam):
     running = values.new_zeros(B)
     for t in reversed(range(L)):
         # A_t = delta_t + lambda A_{t+1}
-        running = delta[:, t] * mask[:, t] + lam * running * following[:, t]
+        running = (delta[:, t] + lam * running * following[:, t]) * mask[:, t]
         advantages[:, t] = running
     return advantages
 

@@ -286,12 +286,6 @@ def test_script_refuses_in_one_line(arguments):
     assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
 
 
-def test_script_takes_all_there_are_by_default():
-    """--help promises 'default 500, or all there are': one-digit operands have 8 evaluation problems."""
-    result = run("--digits", "1")
-    assert result.returncode == 0, result.stderr
-
-
 def test_the_file_can_be_copied_alone(tmp_path):
     """Guards against an import of a sibling."""
     shutil.copy(ROOT / "data.py", tmp_path)
