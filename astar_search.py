@@ -605,7 +605,8 @@ def collect(trees, expander, pad=0):
             node = node.parent
         paths.append(nodes[::-1])
     prompts = [expander.prompts[leaf.problem] for leaf in leaves]
-    B, T = len(leaves), max(len(prompt) + len(path) for prompt, path in zip(prompts, paths))
+    B = len(leaves)  # may be 0: a search can end within its bounds without a leaf
+    T = max((len(prompt) + len(path) for prompt, path in zip(prompts, paths)), default=expander.span)
     tokens = torch.full((B, T), pad, dtype=torch.int64)
     logprobs, slots = torch.zeros(B, T - 1), torch.zeros(B, T - 1, dtype=torch.int64)
     for i, (prompt, path) in enumerate(zip(prompts, paths)):

@@ -61,18 +61,18 @@ class Config:
     length_penalty: float = flag(0.0, "taken off the reward of a completion of full length, in proportion", low=0)
     # rollouts
     rollout: str = flag("astar", "A* search, or i.i.d. sampling", choices=("astar", "sample"))
-    problems_per_iteration: int = flag(64, "problems an iteration", low=1)
+    problems_per_iteration: int = flag(256, "problems an iteration", low=1)
     rollouts_per_problem: int = flag(8, "K: leaves a search may accept, or completions sampled", low=1)
     tau: float = flag(1.0, "0: plain A*;  1: Gumbel search, draws without replacement", low=0, high=1)
     beta: float = flag(0.2, "temperature of the soft value h", above=0)
-    guide: str = flag("none", "h of the search: the value head's, or 0", choices=("head", "none"))
+    guide: str = flag("head", "h of the search: the value head's, or 0", choices=("head", "none"))
     cover: float = flag(0.8, "a problem is done when its leaves hold this much of pi; 1 for never", above=0, high=1)
     leaf_weights: str = flag("on", "weigh leaves by pi/q in all losses", choices=("on", "off"))
     max_new_tokens: int = flag(48, "longest completion in tokens", low=1)
     max_nodes: int = flag(1024, "most nodes a search may expand for one problem", low=1)
     max_open: int = flag(65536, "longest queue of a search; beyond it the worst entries are dropped (a beam)", low=1)
     width: int = flag(2, "nodes of one problem that a round may run at once", low=1)
-    rollout_batch: int = flag(64, "problems searched in lock-step", low=1)
+    rollout_batch: int = flag(256, "problems searched in lock-step", low=1)
     # losses
     loss: str = flag("ppo", "policy loss", choices=("ppo", "grpo", "apo"))
     gae_lambda: float = flag(0.95, "lambda of GAE", low=0, high=1)
@@ -82,14 +82,14 @@ class Config:
     beta2: float = flag(0.001, "apo: temperature of the regression", above=0)
     apo_samples: int = flag(8, "apo: samples of the base a problem for V*", low=1)
     # optimisation
-    iterations: int = flag(40, "iterations in all", low=1)
-    epochs: int = flag(2, "passes over the rollouts an iteration", low=1)
-    minibatches: int = flag(2, "optimiser steps a pass", low=1)
-    micro_batch: int = flag(128, "rollouts a forward in training; changes memory, not the result", low=1)
-    learning_rate: float = flag(2e-4, "peak learning rate of the policy", above=0)
+    iterations: int = flag(90, "iterations in all", low=1)
+    epochs: int = flag(1, "passes over the rollouts an iteration", low=1)
+    minibatches: int = flag(4, "optimiser steps a pass", low=1)
+    micro_batch: int = flag(64, "rollouts a forward in training; changes memory, not the result", low=1)
+    learning_rate: float = flag(3e-4, "peak learning rate of the policy", above=0)
     value_learning_rate: float = flag(1e-3, "peak learning rate of the value head", above=0)
-    warmup: int = flag(2, "iterations of linear warm-up, before the cosine", low=0)
-    final_rate: float = flag(0.1, "learning rate at the end, as a share of the peak", low=0, high=1)
+    warmup: int = flag(8, "iterations of linear warm-up, before the cosine", low=0)
+    final_rate: float = flag(0.02, "learning rate at the end, as a share of the peak", low=0, high=1)
     weight_decay: float = flag(0.0, "AdamW's", low=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     freeze_blocks: int = flag(0, "keep the embeddings and the first n blocks as they are", low=0)
@@ -114,7 +114,7 @@ PRESETS = {
     "training": dict(
         model="Qwen/Qwen2.5-3B", prompt="tinyzero", digits="2-3", output_dir="runs/training", max_new_tokens=1024,
         max_nodes=16384, iterations=200, learning_rate=1e-6, value_learning_rate=1e-4, warmup=10, micro_batch=4,
-        gradient_checkpointing="on", problems_per_iteration=128, rollout_batch=32, minibatches=4, epochs=1,
+        gradient_checkpointing="on", problems_per_iteration=128, rollout_batch=32, cover=0.9,
     ),
 }  # fmt: skip
 # May differ between a run and its continuation.  More iterations stretch the cosine of the learning rate.
@@ -123,7 +123,7 @@ FREE_ON_RESUME = {"iterations", "device", "distributed", "output_dir", "eval_eve
 
 
 def parse(argv):
-    """argv -> (Config, args).  Anything wrong is one sentence on stderr and exit status 2."""
+    """argv -> (Config, args, refuse).  Anything wrong is one sentence on stderr and exit status 2."""
     parser = evaluation.OneSentence("train.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", choices=tuple(PRESETS), default="local", help="preset; flags change it (default local)")
     parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
@@ -135,15 +135,16 @@ def parse(argv):
         else:
             parser.add_argument(name, type=f.type, choices=f.metadata["choices"], default=None, help=f"{text} (default {f.default})")
     args = parser.parse_args(argv)
-    config = Config(**PRESETS[args.config])
-    for f in dataclasses.fields(Config):
-        given = getattr(args, f.name)
-        if given is not None:
-            setattr(config, f.name, given)
     try:
-        check(config)
         if args.eval_only != bool(args.checkpoint):
             raise ValueError("--eval-only and --checkpoint FOLDER go together")
+        # A checkpoint is evaluated as its run was configured; flags change it.
+        config = Config(**(read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]))
+        for f in dataclasses.fields(Config):
+            given = getattr(args, f.name)
+            if given is not None:
+                setattr(config, f.name, given)
+        check(config)
     except ValueError as error:
         parser.error(str(error))
     return config, args, parser.error
@@ -506,7 +507,7 @@ def main(argv=None):
         head = value_module.ValueHead(model.config.get_text_config().hidden_size).to(ranks.device)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizers = [
-            torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay),
+            torch.optim.AdamW(trainable, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay),
             torch.optim.AdamW(head.parameters(), lr=config.value_learning_rate, weight_decay=config.weight_decay),
         ]
         if source:
@@ -585,6 +586,9 @@ def main(argv=None):
                     reference = make_rollouts(base, tokenizer, problems, keys, config, None, "sample", config.apo_samples)
                     spent += reference.stats["model_tokens"]
 
+            if len(rollouts) == 0:
+                raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
+
             # ------------------------------------------------------------------------------------------ 2. rewards
             texts = evaluation.texts_of(rollouts, tokenizer, problems, eos)
             rewards, verdicts = judge(rollouts, texts, problems, reward, config.max_new_tokens)
@@ -630,7 +634,7 @@ def main(argv=None):
                     evaluate_into(row)
                     row["seconds"] = seconds()
                 append(metrics_path, row)
-                for i in sorted(range(len(rollouts)), key=lambda i: (i * 2654435761 + n) % 2**32)[: config.samples]:
+                for i in random.Random(f"samples {config.seed} {n}").sample(range(len(rollouts)), min(config.samples, len(rollouts))):
                     append(samples_path, {"iteration": n, "prompt": problems[rollouts.problem[i]].prompt, "completion": texts[i],
                                           "truth": problems[rollouts.problem[i]].answer, **verdicts[i], "weight": leaf_weight[i].item(),
                                           "log_pi": rollouts.log_pi[i].item(), "f": rollouts.f[i].item()})  # fmt: skip
@@ -651,7 +655,7 @@ def main(argv=None):
             saved = save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress())
         print(f"train.py: stopped by Ctrl-C after iteration {iteration}; {f'go on with --resume auto from {saved}' if saved else 'nothing to keep yet'}", file=sys.stderr)
         sys.exit(130)
-    except FloatingPointError as error:
+    except (FloatingPointError, LookupError) as error:
         bar.close()
         print(f"train.py: stopped: {error}; the last good checkpoint is {saved or source or 'none'}", file=sys.stderr)
         sys.exit(1)
