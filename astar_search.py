@@ -29,11 +29,12 @@ In this file, in reading order: noise, children, tree, search, sampling, the KV-
 
     python astar_search.py     # a small search, printed so that it can be checked by hand
 """
+
 import heapq
 import inspect
 import math
 from collections import Counter
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch.nn import functional as F
@@ -118,7 +119,10 @@ def best_children(logp, h, parents, tau, block):
     listed = torch.tensor([len(p.children or ()) for p in parents], device=device)
     place = listed[:, None] + torch.arange(min(block, V), device=device)  # (n, block) ranks wanted
     tokens = order.gather(1, place.clamp(max=V - 1))
-    columns = [x.gather(1, tokens) for x in (f, h, g, G, logp)] + [tokens.double(), keys.gather(1, tokens).view(torch.float64)]
+    columns = [x.gather(1, tokens) for x in (f, h, g, G, logp)] + [
+        tokens.double(),
+        keys.gather(1, tokens).view(torch.float64),
+    ]
     table = torch.stack(columns).cpu().numpy()  # (7, n, block): the one copy
     if math.isnan(table[0].sum()) and any(map(math.isnan, table[0].ravel())):
         raise FloatingPointError("the search met NaN in the model's log-probabilities or in the value head")
@@ -128,7 +132,9 @@ def best_children(logp, h, parents, tau, block):
     rows, complete = [], []
     for i, parent in enumerate(parents):
         left = V - len(parent.children or ())
-        row = [(*floats[i][j], tokens[i][j], keys[i][j]) for j in range(min(block, left)) if floats[i][j][0] > -math.inf]
+        row = [
+            (*floats[i][j], tokens[i][j], keys[i][j]) for j in range(min(block, left)) if floats[i][j][0] > -math.inf
+        ]
         rows.append(row)
         complete.append(len(row) < block or left == block)
     return rows, complete
@@ -497,7 +503,10 @@ class Expander:
         n, rows = len(nodes), self.cache.reserve(len(nodes))
         for node, row in zip(nodes, rows):
             node.slot = row
-        facts = [(node.token, node.slot, node.parent.slot, len(self.prompts[node.problem]) + node.depth - 1) for node in nodes]
+        facts = [
+            (node.token, node.slot, node.parent.slot, len(self.prompts[node.problem]) + node.depth - 1)
+            for node in nodes
+        ]
         token, slot, parent, position = torch.tensor(facts, device=self.device).unbind(1)
         self._grow(self.hidden.shape[1])
         path = self.ancestors[parent]
@@ -569,6 +578,7 @@ class Rollouts:
     count: torch.Tensor  # (B,) draws that ended here; 1 for a search
     f: torch.Tensor  # (B,) search key
     truncated: torch.Tensor  # (B,) bool
+    extra: dict = field(default_factory=dict)  # columns (B,) or (B, T-1) that training adds: rewards, advantages, ...
     stats: dict = field(default_factory=dict)
 
     @property
@@ -580,13 +590,16 @@ class Rollouts:
     def __len__(self):
         return self.tokens.shape[0]
 
-    def select(self, rows):
-        """The rollouts of these rows, cut to their longest."""
-        part = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "stats"}
-        T = int(part["length"].max())
-        for name in ("tokens", "logprobs", "values"):
-            part[name] = part[name][:, : T if name == "tokens" else T - 1]
-        return replace(self, **part)
+    def select(self, rows, device="cpu"):
+        """The rollouts of these rows, cut to their longest, on a device."""
+        T = int(self.length[rows].max())
+
+        def cut(name, x):
+            x = x[rows]
+            return (x[:, : T if name == "tokens" else T - 1] if x.ndim == 2 else x).to(device)
+
+        columns = {f.name: cut(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("extra", "stats")}
+        return Rollouts(**columns, extra={name: cut(name, x) for name, x in self.extra.items()}, stats=self.stats)
 
     def completions(self):
         """Token ids of each completion, EOS included, as lists."""
@@ -652,7 +665,9 @@ def join(parts):
     stats = {name: sum(part.stats[name] for part in parts) for name in ("model_tokens", "forwards", "pops", "pruned")}
     stats["mass"] = sum(part.stats["mass"] for part in parts) / len(parts)
     stats["stopped"] = dict(sum((Counter(part.stats["stopped"]) for part in parts), Counter()))
-    return Rollouts(**{f.name: column(f.name) for f in fields(Rollouts) if f.name != "stats"}, stats=stats)
+    return Rollouts(
+        **{f.name: column(f.name) for f in fields(Rollouts) if f.name not in ("extra", "stats")}, stats=stats
+    )
 
 
 # ======================================================================================================= demo
@@ -700,7 +715,10 @@ def main():
         return tree
 
     every = leaves_below("")
-    print("pi(.|s):  " + "   ".join(f"{s or '(root)'}: a {p[0]} b {p[1]} . {p[2]}" for s, p in pi.items()), f"  else: {deeper}")
+    print(
+        "pi(.|s):  " + "   ".join(f"{s or '(root)'}: a {p[0]} b {p[1]} . {p[2]}" for s, p in pi.items()),
+        f"  else: {deeper}",
+    )
     print(f"reward: 1 below bb, -1 elsewhere; beta = 1; {len(every)} completions of at most 3 tokens")
 
     tree = show("h = 0, tau = 0: the most probable completions first, right or wrong", lambda text: 0.0, tau=0.0)

@@ -8,6 +8,7 @@ about its data.
     python data.py --digits 2x3          # a has 2 digits, b has 3;  also 3, 2-3, 1-2x4, ... up to 6 digits
     python data.py --file my_task.jsonl  # one {"prompt": ..., "answer": ...} a line instead of made problems
 """
+
 import argparse
 import collections
 import hashlib

@@ -10,6 +10,7 @@ Three ways to decode, all on the expander of astar_search.py:
     python eval.py --model runs/local/checkpoint_iter_40 --decode astar
     python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --n 8 --max-new-tokens 512
 """
+
 import argparse
 import json
 import os
@@ -53,9 +54,10 @@ def encode(tokenizer, problems):
     return [tokenizer(problem.text)["input_ids"] for problem in problems]
 
 
-def texts_of(rollouts, tokenizer, problems, eos):
+def texts_of(rollouts, tokenizer, problems):
     """What the reward reads: prefill plus completion, without the end-of-sequence token."""
-    ids = [ids[:-1] if ids[-1] in eos else ids for ids in rollouts.completions()]
+    ended = (~rollouts.truncated).tolist()
+    ids = [ids[:-1] if end else ids for ids, end in zip(rollouts.completions(), ended)]
     prefills = [problems[p].prefill for p in rollouts.problem.tolist()]
     return [prefill + text for prefill, text in zip(prefills, tokenizer.batch_decode(ids, skip_special_tokens=True))]
 
@@ -71,7 +73,9 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     """
     eos = policy.stop_tokens(model, tokenizer)
     greedy = decode == "greedy"
-    options = astar_search.Options(eos, K=1 if greedy else n, tau=tau, width=width, max_new_tokens=max_new_tokens, max_nodes=max_nodes)
+    options = astar_search.Options(
+        eos, K=1 if greedy else n, tau=tau, width=width, max_new_tokens=max_new_tokens, max_nodes=max_nodes
+    )
     was_training, start = model.training, time.perf_counter()
     model.eval()
     rows, model_tokens = [], 0
@@ -87,15 +91,29 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
                 trees = astar_search.sample(keys, expander, options, greedy)
             rollouts = astar_search.collect(trees, expander)
             model_tokens += expander.model_tokens
-            texts = texts_of(rollouts, tokenizer, chosen, eos)
+            texts = texts_of(rollouts, tokenizer, chosen)
             for index, problem in zip(indices, chosen):
-                rows.append({"index": index, "prompt": problem.prompt, "truth": problem.answer, "difficulty": problem.difficulty, "completions": []})
+                rows.append(
+                    {
+                        "index": index,
+                        "prompt": problem.prompt,
+                        "truth": problem.answer,
+                        "difficulty": problem.difficulty,
+                        "completions": [],
+                    }
+                )
             lengths = (rollouts.length - rollouts.prompt_length).tolist()
             first_row = len(rows) - len(chosen)
             for i, p in enumerate(rollouts.problem.tolist()):
                 cut = bool(rollouts.truncated[i])
                 verdict = reward(texts[i], chosen[p].answer, lengths[i] / max_new_tokens, cut)
-                completion = {"text": texts[i], "count": int(rollouts.count[i]), "f": float(rollouts.f[i]), "tokens": lengths[i], "truncated": cut}
+                completion = {
+                    "text": texts[i],
+                    "count": int(rollouts.count[i]),
+                    "f": float(rollouts.f[i]),
+                    "tokens": lengths[i],
+                    "truncated": cut,
+                }
                 rows[first_row + p]["completions"].append(completion | verdict)
     model.train(was_training)
 
@@ -124,7 +142,9 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
                 add(f"pass@{k}", pass_at_k(n, right, k))
     add("model_tokens", model_tokens)
     names = sorted(sums)
-    totals = dict(zip(names, fsdp.all_sum(torch.tensor([sums[name] for name in names], dtype=torch.float64), ranks).tolist()))
+    totals = dict(
+        zip(names, fsdp.all_sum(torch.tensor([sums[name] for name in names], dtype=torch.float64), ranks).tolist())
+    )
     total = totals["problems"]
     levels = [name.removeprefix("problems_") for name in names if name.startswith("problems_")]
     result = {
@@ -179,8 +199,12 @@ class OneSentence(argparse.ArgumentParser):
 
 def main(argv=None):
     here = os.path.dirname(os.path.abspath(__file__))
-    parser = OneSentence("eval.py", description="Accuracy of a model on held-out multiplication problems.", allow_abbrev=False)
-    parser.add_argument("--model", default=os.path.join(here, "tiny_base"), help="folder or hub id of a causal language model")
+    parser = OneSentence(
+        "eval.py", description="Accuracy of a model on held-out multiplication problems.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--model", default=os.path.join(here, "tiny_base"), help="folder or hub id of a causal language model"
+    )
     parser.add_argument("--decode", choices=("greedy", "sample", "astar"), default="greedy")
     parser.add_argument("--problems", type=int, default=500, help="number of held-out problems")
     parser.add_argument("--n", type=int, default=8, help="completions a problem (sample), leaves a problem (astar)")
@@ -222,7 +246,9 @@ def main(argv=None):
     print(f"{args.model}, {len(problems)} problems, {args.decode}")
     print(report(result))
     for row in rows[: args.show]:
-        best = row["completions"][0] if row["completions"] else {"text": "(no leaf within the bounds)", "correct": False}
+        best = (
+            row["completions"][0] if row["completions"] else {"text": "(no leaf within the bounds)", "correct": False}
+        )
         print(f"\n{row['prompt']}{best['text']}\n  {'right' if best['correct'] else 'wrong'}: {row['truth']}")
     # What the file is for, asserted: the figure is a count over the rows.
     assert abs(result["accuracy"] - sum(row["correct"] for row in rows) / len(rows)) < 1e-9

@@ -8,6 +8,7 @@ here for real.
 
     python fsdp.py          # shows that the single-process path is the identity
 """
+
 import contextlib
 import os
 from dataclasses import dataclass

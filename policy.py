@@ -17,6 +17,8 @@ Grid: index t of everything (B, T-1) is about the token at t+1 of tokens (B, T).
 
     python policy.py        # scores a tiny random model both ways and checks the losses by hand
 """
+
+import logging as python_logging
 import os
 
 import torch
@@ -36,6 +38,7 @@ def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)  # its retries are not our sentence
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
@@ -53,9 +56,13 @@ def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=
         if "drop" in key and isinstance(x, float):
             setattr(config.get_text_config(), key, 0.0)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except Exception as error:
-        raise ValueError(f"{where}: not a causal language model with safetensors weights ({_first_line(error)})") from None
+        raise ValueError(
+            f"{where}: not a causal language model with safetensors weights ({_first_line(error)})"
+        ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         assert len(tokenizer("1*1=")["input_ids"]) > 0, "it gives no tokens for '1*1='"
@@ -64,7 +71,9 @@ def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=
     if not stop_tokens(model, tokenizer):
         raise ValueError(f"{where}: neither its config nor its tokenizer names an end-of-sequence token")
     if len(tokenizer) > config.get_text_config().vocab_size:
-        raise ValueError(f"{where}: the tokenizer has {len(tokenizer)} tokens, more than the model's {config.vocab_size}")
+        raise ValueError(
+            f"{where}: the tokenizer has {len(tokenizer)} tokens, more than the model's {config.vocab_size}"
+        )
     model.to(device).eval()
     blocks = blocks_of(model)
     if freeze_blocks > len(blocks):
@@ -123,7 +132,9 @@ def score(model, tokens, mask, max_logits=1 << 24):
     B, T = tokens.shape
     assert mask.shape == (B, T - 1)
     # Padding is on the right and the mask causal, so no real token sees padding: nothing to mask.  The ones say so.
-    hidden = model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
+    hidden = model.base_model(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
+    ).last_hidden_state
     hidden = hidden[:, :-1]  # (B, T-1, D): the prefix before token t+1 ends at t
     rows, targets = hidden[mask], tokens[:, 1:][mask]  # (M, D), (M,)
     lm_head = model.get_output_embeddings()
@@ -139,7 +150,10 @@ def score(model, tokens, mask, max_logits=1 << 24):
     if len(rows) <= size or not torch.is_grad_enabled():
         chunks = [chunk_scores(*chunk) for chunk in zip(rows.split(size), targets.split(size))]
     else:
-        chunks = [checkpoint(chunk_scores, *chunk, use_reentrant=False) for chunk in zip(rows.split(size), targets.split(size))]
+        chunks = [
+            checkpoint(chunk_scores, *chunk, use_reentrant=False)
+            for chunk in zip(rows.split(size), targets.split(size))
+        ]
     grid = lambda column: torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, torch.cat(column))
     logp, entropy = map(grid, zip(*chunks))
     return logp, entropy, hidden
@@ -240,7 +254,9 @@ def main():
     logp, entropy, hidden = score(model, tokens, mask, max_logits=80)  # two tokens a chunk
     full = F.log_softmax(model(tokens).logits[:, :-1], dim=-1)
     exact = full.gather(2, tokens[:, 1:, None]).squeeze(2) * mask
-    print(f"log pi in chunks against the full (B, T, V) computation: largest difference {(logp - exact).abs().max():.1e}")
+    print(
+        f"log pi in chunks against the full (B, T, V) computation: largest difference {(logp - exact).abs().max():.1e}"
+    )
     assert torch.allclose(logp, exact, atol=1e-5)
     assert torch.allclose(entropy, -(full.exp() * full).sum(-1) * mask, atol=1e-5)
 

@@ -9,6 +9,7 @@ model wrote; the prompt is never read, so that an answer given in it cannot coun
 
     python reward.py        # a table of completions and what they earn
 """
+
 import re
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ ANSWER = re.compile(r"<answer>([^<>]*)</answer>")
 # each problem would have endlessly many correct completions, and "distinct correct" would count paddings of zeros.
 NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*)")
 # Well-formed: at most one thought, then one answer, then nothing but white space.
-WELL_FORMED = re.compile(r"\s*(?:<think>(?:(?!</?think>|</?answer>).)*</think>\s*)?<answer>[^<>]*</answer>\s*", re.DOTALL)
+WELL_FORMED = re.compile(
+    r"\s*(?:<think>(?:(?!</?think>|</?answer>).)*</think>\s*)?<answer>[^<>]*</answer>\s*", re.DOTALL
+)
 
 
 def parse_number(text):
@@ -55,7 +58,9 @@ class Reward:
         if not (self.format_bonus >= 0 and self.length_penalty >= 0):
             raise ValueError("--format-bonus and --length-penalty must be zero or more")
         if not self.format_bonus + self.length_penalty < 2:
-            raise ValueError("--format-bonus plus --length-penalty must be below 2, or a wrong answer could beat a right one")
+            raise ValueError(
+                "--format-bonus plus --length-penalty must be below 2, or a wrong answer could beat a right one"
+            )
 
     @property
     def bounds(self):

@@ -10,9 +10,11 @@
 
 The loop is `main()`, one phase after the other.  Above it are the flags and the files a run writes.
 """
+
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -99,7 +101,7 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
     output_dir: str = flag("runs/local", "where everything is written")
-    eval_every: int = flag(10, "iterations between evaluations (there is one before the first and one at the end)", low=1)
+    eval_every: int = flag(10, "iterations between evaluations; there is one before the first and at the end", low=1)
     eval_problems: int = flag(500, "held-out problems of an evaluation", low=1)
     eval_decode: str = flag("greedy", "how they are decoded", choices=("greedy", "sample", "astar"))
     checkpoint_every: int = flag(10, "iterations between checkpoints (there is one at the end)", low=1)
@@ -118,22 +120,26 @@ PRESETS = {
     ),
 }  # fmt: skip
 # May differ between a run and its continuation.  More iterations stretch the cosine of the learning rate.
-FREE_ON_RESUME = {"iterations", "device", "distributed", "output_dir", "eval_every", "checkpoint_every", "keep_checkpoints", "samples",
-                  "resume", "overwrite", "micro_batch", "model", "rollout_batch"}  # fmt: skip
+FREE_ON_RESUME = set(
+    "iterations device distributed output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
+    "micro_batch model rollout_batch".split()
+)
 
 
 def parse(argv):
     """argv -> (Config, args, refuse).  Anything wrong is one sentence on stderr and exit status 2."""
-    parser = evaluation.OneSentence("train.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", choices=tuple(PRESETS), default="local", help="preset; flags change it (default local)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = evaluation.OneSentence("train.py", description=__doc__, allow_abbrev=False, formatter_class=raw)
+    parser.add_argument("--config", choices=tuple(PRESETS), default="local", help="preset; flags change it")
     parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
     parser.add_argument("--checkpoint", help="checkpoint folder for --eval-only")
     for f in dataclasses.fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.type is bool or f.type == "bool":
+        if f.type is bool:
             parser.add_argument(name, action="store_true", default=None, help=text)
         else:
-            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], default=None, help=f"{text} (default {f.default})")
+            text += f" (default {f.default})" if f.default != "" else ""
+            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=text)
     args = parser.parse_args(argv)
     try:
         if args.eval_only != bool(args.checkpoint):
@@ -156,14 +162,20 @@ def check(config):
         x, name = getattr(config, f.name), "--" + f.name.replace("_", "-")
         if isinstance(x, float) and not math.isfinite(x):
             raise ValueError(f"{name} must be a finite number, not {x}")
-        for bound, fails, words in (("low", lambda b: x < b, "at least"), ("high", lambda b: x > b, "at most"), ("above", lambda b: x <= b, "above")):
+        for bound, fails, words in (
+            ("low", lambda b: x < b, "at least"),
+            ("high", lambda b: x > b, "at most"),
+            ("above", lambda b: x <= b, "above"),
+        ):
             b = f.metadata[bound]
             if b is not None and fails(b):
                 raise ValueError(f"{name} must be {words} {b}, not {x}")
     data.parse_digits(config.digits)
     reward_module.Reward(config.format_bonus, config.length_penalty)
     if config.minibatches > config.problems_per_iteration:
-        raise ValueError(f"--minibatches {config.minibatches} is more than --problems-per-iteration {config.problems_per_iteration}")
+        raise ValueError(
+            f"--minibatches {config.minibatches} is more than --problems-per-iteration {config.problems_per_iteration}"
+        )
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
 
@@ -203,7 +215,9 @@ def inspect_output(config):
         return found[-1]
     held = any(os.path.exists(os.path.join(folder, name)) for name in RUN_FILES)
     if (held or found) and not (config.overwrite or config.resume):
-        raise ValueError(f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir")
+        raise ValueError(
+            f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir"
+        )
     return None
 
 
@@ -244,7 +258,10 @@ def save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progr
     os.makedirs(aside)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    save_file({name: value.contiguous() for name, value in head.state_dict().items()}, os.path.join(aside, "value.safetensors"))
+    save_file(
+        {name: value.contiguous() for name, value in head.state_dict().items()},
+        os.path.join(aside, "value.safetensors"),
+    )
     # By parameter name, not by number: the states outlive a change in the order of parameters.
     moments = {}
     for optimizer, module in zip(optimizers, (model, head)):
@@ -303,14 +320,18 @@ def restore(folder, model, head, optimizers):
             if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
                 raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
             if state:
-                optimizer.state[parameter] = {key: t if key == "step" else t.to(parameter.device) for key, t in state.items()}
+                optimizer.state[parameter] = {
+                    key: t if key == "step" else t.to(parameter.device) for key, t in state.items()
+                }
 
 
 def check_same_run(config, saved, folder):
     """Raise ValueError if a flag that shapes the run is not the one the checkpoint was made with."""
     for name, x in saved.items():
         if name not in FREE_ON_RESUME and getattr(config, name, x) != x:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} differs from the {x} that {folder} was trained with")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} differs from the {x} that {folder} was trained with"
+            )
 
 
 def cut_back(path, iteration):
@@ -355,7 +376,9 @@ def draw_problems(config, iteration, ranks, from_file):
     """This rank's share of the iteration's problems, and their global numbers."""
     indices = list(fsdp.share(config.problems_per_iteration, ranks))
     if from_file:
-        chosen = [data.pick_problem(from_file, config.seed, iteration, i, config.problems_per_iteration) for i in indices]
+        chosen = [
+            data.pick_problem(from_file, config.seed, iteration, i, config.problems_per_iteration) for i in indices
+        ]
     else:
         chosen = [data.train_problem(config.seed, iteration, i, config.digits, config.prompt) for i in indices]
     return chosen, indices
@@ -371,7 +394,9 @@ def make_rollouts(model, tokenizer, problems, keys, config, value, kind, K):
     parts = []
     for start in range(0, len(problems), config.rollout_batch):
         chunk = slice(start, start + config.rollout_batch)
-        expander = astar_search.Expander(model, evaluation.encode(tokenizer, problems[chunk]), config.max_new_tokens, value)
+        expander = astar_search.Expander(
+            model, evaluation.encode(tokenizer, problems[chunk]), config.max_new_tokens, value
+        )
         trees = (astar_search.search if kind == "astar" else astar_search.sample)(keys[chunk], expander, options)
         part = astar_search.collect(trees, expander)
         part.problem += start
@@ -379,14 +404,22 @@ def make_rollouts(model, tokenizer, problems, keys, config, value, kind, K):
     return astar_search.join(parts)
 
 
-def judge(rollouts, texts, problems, reward, max_new_tokens):
-    """Reward of each rollout (B,), and its parts."""
+def judge(rollouts, tokenizer, problems, reward, config):
+    """Texts of the rollouts, their rewards (B,), and the reward's parts as dicts."""
+    texts = evaluation.texts_of(rollouts, tokenizer, problems)
     lengths = (rollouts.length - rollouts.prompt_length).tolist()
     verdicts = [
-        reward(text, problems[p].answer, length / max_new_tokens, cut)
+        reward(text, problems[p].answer, length / config.max_new_tokens, cut)
         for text, p, length, cut in zip(texts, rollouts.problem.tolist(), lengths, rollouts.truncated.tolist())
     ]
-    return torch.tensor([verdict["reward"] for verdict in verdicts]), verdicts
+    return texts, torch.tensor([verdict["reward"] for verdict in verdicts]), verdicts
+
+
+def reference_values(reference, tokenizer, problems, reward, config):
+    """apo: V*(x) of each problem (N,) from samples of the base."""
+    _, rewards, _ = judge(reference, tokenizer, problems, reward, config)
+    drawn = rewards.repeat_interleave(reference.count).view(len(problems), config.apo_samples)  # problem by problem
+    return policy.optimal_value(drawn, config.beta1)
 
 
 def learning_rate_scale(config, iteration):
@@ -403,77 +436,113 @@ def minibatches_of(rollouts, config, iteration, epoch):
     random.Random(f"order {config.seed} {iteration} {epoch}").shuffle(order)
     part_of = {p: i * config.minibatches // len(order) for i, p in enumerate(order)}
     parts = torch.tensor([part_of[p] for p in rollouts.problem.tolist()])
-    return [torch.nonzero(parts == part).squeeze(1) for part in range(config.minibatches)]
+    return [torch.nonzero(parts == part).squeeze(1) for part in parts.unique()]
 
 
-def update(model, head, optimizers, batch, config, iteration, ranks):
-    """Several passes of PPO (or grpo, apo) over one batch of rollouts.
+def losses(model, head, part, config, token_total, leaf_total):
+    """Policy and value loss of one micro-batch of rollouts, on its device: (loss, metrics), both sums over the
+    micro-batch divided by totals of the whole minibatch, so that micro-batches (and ranks) add up."""
+    mask, extra = part.mask, part.extra
+    token_weights = extra["leaf_weight"][:, None] * mask / token_total
+    logp, entropy, hidden = policy.score(model, part.tokens, mask)
+    if config.loss == "apo":
+        leaf_weights = extra["leaf_weight"] / leaf_total
+        policy_loss, metrics = policy.apo_loss(
+            logp, extra["ref_logprobs"], mask, extra["rewards"], extra["optimal_value"], config.beta2, leaf_weights
+        )
+    else:
+        policy_loss, metrics = policy.ppo_loss(
+            logp, part.logprobs, extra["advantages"], entropy, token_weights, config.clip, config.entropy_coef
+        )
+    metrics |= policy.ratio_metrics(logp, part.logprobs, entropy, token_weights, config.clip)
+    V, u_logit = head(hidden)
+    returns = value_module.monte_carlo_returns(extra["rewards"], mask)
+    bounds = reward_module.Reward(config.format_bonus, config.length_penalty).bounds
+    targets = value_module.soft_target(returns, *bounds, config.beta)
+    value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, token_weights)
+    return policy_loss + value_loss, metrics | value_metrics
 
-    batch: Rollouts with three more columns, `advantages` (B, T-1), `rewards` (B,), `leaf_weight` (B,), and for apo
-    `ref_logprobs` (B, T-1), `optimal_value` (B,).  Returns metrics averaged over the optimiser steps.
+
+def update(model, head, optimizers, rollouts, config, iteration, ranks):
+    """Passes of the loss over one batch of rollouts, an optimiser step a minibatch.
+
+    rollouts.extra holds `rewards`, `leaf_weight` (B,), `advantages` (B, T-1), and for apo `optimal_value` (B,),
+    `ref_logprobs` (B, T-1).  Returns metrics, averaged over the steps.  Raises FloatingPointError at a NaN, before
+    the step that would spread it.
     """
-    rollouts, extra = batch
-    r_lo, r_hi = reward_module.Reward(config.format_bonus, config.length_penalty).bounds
-    scale = learning_rate_scale(config, iteration)
     for optimizer, rate in zip(optimizers, (config.learning_rate, config.value_learning_rate)):
         for group in optimizer.param_groups:
-            group["lr"] = rate * scale
-    totals, steps = {}, 0
+            group["lr"] = rate * learning_rate_scale(config, iteration)
+    steps = []  # metrics of each optimiser step
     model.train()
     for epoch in range(config.epochs):
         for rows in minibatches_of(rollouts, config, iteration, epoch):
-            if len(rows) == 0:
-                continue
             # What the weights are divided by, counted once, over all ranks, before the first backward.
-            mask, weight = rollouts.mask[rows], extra["leaf_weight"][rows]
-            count = torch.stack([(weight[:, None] * mask).sum(), weight.sum()])
-            token_total, leaf_total = fsdp.all_sum(count, ranks).tolist()
+            weight = rollouts.extra["leaf_weight"][rows]
+            counts = torch.stack([(weight[:, None] * rollouts.mask[rows]).sum(), weight.sum()])
+            token_total, leaf_total = fsdp.all_sum(counts, ranks).tolist()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             # Micro-batches by length, so that little is padding; their order changes nothing.
             rows = rows[rollouts.length[rows].argsort(stable=True)]
-            metrics = {}
+            sums = {}
             for micro in rows.split(config.micro_batch):
-                part = rollouts.select(micro)
-                T = part.tokens.shape[1]
-                mask = part.mask.to(ranks.device)
-                column = {name: x[micro][:, : T - 1].to(ranks.device) if x.ndim == 2 else x[micro].to(ranks.device) for name, x in extra.items()}
-                old_logp = part.logprobs.to(ranks.device)
-                token_weights = column["leaf_weight"][:, None] * mask / token_total
-                logp, entropy, hidden = policy.score(model, part.tokens.to(ranks.device), mask)
-                if config.loss == "apo":
-                    policy_loss, measured = policy.apo_loss(
-                        logp, column["ref_logprobs"], mask, column["rewards"], column["optimal_value"], config.beta2,
-                        column["leaf_weight"] / leaf_total,
-                    )  # fmt: skip
-                else:
-                    policy_loss, measured = policy.ppo_loss(
-                        logp, old_logp, column["advantages"], entropy, token_weights, config.clip, config.entropy_coef
-                    )
-                measured |= policy.ratio_metrics(logp, old_logp, entropy, token_weights, config.clip)
-                V, u_logit = head(hidden)
-                returns = value_module.monte_carlo_returns(column["rewards"], mask)
-                targets = value_module.soft_target(returns, r_lo, r_hi, config.beta)
-                value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, token_weights)
-                (policy_loss + value_loss).backward()
-                for name, x in (measured | value_metrics).items():
-                    metrics[name] = metrics.get(name, 0.0) + x
-            names = sorted(metrics)
-            sums = dict(zip(names, fsdp.all_sum(torch.stack([metrics[name] for name in names]).cpu(), ranks).tolist()))
-            sums["grad_norm"] = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.grad_clip).item()
+                part = rollouts.select(micro, ranks.device)
+                loss, metrics = losses(model, head, part, config, token_total, leaf_total)
+                loss.backward()
+                for name, x in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + x
+            totals = fsdp.all_sum(torch.stack(list(sums.values())), ranks).tolist()
+            measured = dict(zip(sums, totals))
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            measured["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).item()
             torch.nn.utils.clip_grad_norm_(head.parameters(), config.grad_clip)
-            for name, x in sums.items():
+            for name, x in measured.items():
                 if not math.isfinite(x):
                     raise FloatingPointError(f"iteration {iteration}: {name} is {x}")
             for optimizer in optimizers:
                 optimizer.step()
-            if steps == 0:
-                totals["first_kl"] = sums["approx_kl"]
-            for name, x in sums.items():
-                totals[name] = totals.get(name, 0.0) + x
-            steps += 1
+            steps.append(measured)
     model.eval()
-    return {name: x / steps if name != "first_kl" else x for name, x in totals.items()}
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    return means | {"first_kl": steps[0]["approx_kl"]}  # before any step: pi_theta is still pi_old
+
+
+def summarise(rollouts, texts, verdicts, problems):
+    """What one batch of rollouts says about the policy: means weighted by leaf, hence estimates under pi."""
+    weight, mask, n = rollouts.extra["leaf_weight"], rollouts.mask, len(problems)
+    mean = lambda x: (weight * torch.as_tensor(x, dtype=torch.float32)).sum().item() / n
+    correct = [verdict["correct"] for verdict in verdicts]
+    distinct = {(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}
+    returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
+    return {
+        "reward_mean": mean(rollouts.extra["rewards"]),
+        "rollout_accuracy": mean(correct),
+        "unique_correct": len(distinct) / n,
+        "leaves": len(rollouts) / n,
+        "mass": rollouts.stats["mass"],
+        "truncated": mean(rollouts.truncated),
+        "completion_length": mean(rollouts.length - rollouts.prompt_length),
+        "explained_variance": policy.explained_variance(rollouts.values, returns, weight[:, None] * mask),
+        "forwards": rollouts.stats["forwards"],
+        "stopped": rollouts.stats["stopped"],
+    }
+
+
+class Clock:
+    """Wall seconds of the run, over all its resumes, and of each phase of this process."""
+
+    def __init__(self, before):
+        self.start, self.phases = time.perf_counter() - before, {}
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        start = time.perf_counter()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
 
 # ===================================================================================================== the loop
@@ -496,10 +565,16 @@ def main(argv=None):
         if source and not args.eval_only:
             check_same_run(config, state["config"], source)
         model, tokenizer = policy.load_policy(
-            source or config.model, torch.float32, ranks.device, config.gradient_checkpointing == "on", config.freeze_blocks
+            source or config.model,
+            torch.float32,
+            ranks.device,
+            config.gradient_checkpointing == "on",
+            config.freeze_blocks,
         )
         astar_search.check_model(model)
-        examples = train_file or [data.train_problem(config.seed, 0, i, config.digits, config.prompt) for i in range(64)]
+        examples = train_file or [
+            data.train_problem(config.seed, 0, i, config.digits, config.prompt) for i in range(64)
+        ]
         longest = max(map(len, evaluation.encode(tokenizer, examples + eval_set)))
         policy.check_context(model, longest, config.max_new_tokens)
         check_possible(config, model.get_output_embeddings().weight.shape[0])
@@ -518,18 +593,14 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         refuse(str(error))
     model, head = fsdp.shard(model, ranks), fsdp.shard(head, ranks)
-    eos = policy.stop_tokens(model, tokenizer)
     value = evaluation.guide(head, reward.bounds, config.beta, config.guide == "head")
 
-    def run_evaluation():
-        result, _ = evaluation.evaluate(
-            model, tokenizer, eval_set, reward, ranks, decode=config.eval_decode, n=config.rollouts_per_problem, value=value,
-            max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes,
-        )  # fmt: skip
-        return result
-
+    evaluate = functools.partial(
+        evaluation.evaluate, model, tokenizer, eval_set, reward, ranks, decode=config.eval_decode, value=value,
+        n=config.rollouts_per_problem, max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes,
+    )  # fmt: skip
     if args.eval_only:
-        print(evaluation.report(run_evaluation()))
+        print(evaluation.report(evaluate()[0]))
         return
 
     # ------------------------------------------------------------------------------------------------ first words
@@ -538,40 +609,34 @@ def main(argv=None):
     except OSError as error:
         refuse(f"--output-dir {config.output_dir}: {error.strerror}")
     metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
-    model_tokens, before = state["model_tokens"], state["seconds"]
-    started, phase_seconds, evaluated = time.perf_counter(), {}, {}
-    seconds = lambda: before + time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def phase(name):
-        start = time.perf_counter()
-        yield
-        phase_seconds[name] = phase_seconds.get(name, 0.0) + time.perf_counter() - start
+    clock, iteration, model_tokens, evaluated = Clock(state["seconds"]), state["iteration"], state["model_tokens"], {}
+    size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
+    print(f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}")
+    print(f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}")
+    print(f"on {ranks.device}, {torch.get_num_threads()} threads; {len(eval_set)} held-out problems; writing to {config.output_dir}")
 
     def evaluate_into(row):
-        with phase("evaluation"):
-            result = run_evaluation()
-        row |= {"eval_accuracy": result["accuracy"], "eval_format": result["format"],
-                "eval_accuracy_by_difficulty": result["accuracy_by_difficulty"], "eval_length": result["completion_length"]}  # fmt: skip
+        with clock.phase("evaluation"):
+            result, _ = evaluate()
         evaluated[row["iteration"]] = result["accuracy"]
+        row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
+        row |= {"eval_length": result["completion_length"], "seconds": clock.seconds()}
 
-    print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {sum(p.numel() for p in trainable):,} trained, "
-          f"value head {sum(p.numel() for p in head.parameters()):,}; on {ranks.device}, {torch.get_num_threads()} threads")  # fmt: skip
-    print(f"{config.rollout} rollouts, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}; "
-          f"rewards in {reward.bounds}; {len(eval_set)} held-out problems; writing to {config.output_dir}")  # fmt: skip
-    iteration = state["iteration"]
     if source:
         print(f"resumed from {source}, after iteration {iteration}")
     else:
+        if config.resume:
+            print(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
         row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
         evaluate_into(row)
-        row["seconds"] = seconds()
         append(metrics_path, row)
-        print(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}", flush=True)
+        print(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
 
-    progress = lambda: {"model_tokens": model_tokens, "seconds": seconds()}
+    keep = lambda: save_checkpoint(
+        config, iteration, model, tokenizer, head, optimizers, {"model_tokens": model_tokens, "seconds": clock.seconds()}
+    )
     bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None)  # quiet without a terminal
-    saved = None
+    saved = source
     try:
         while iteration < config.iterations:
             n = iteration + 1
@@ -579,19 +644,18 @@ def main(argv=None):
             # ------------------------------------------------------------------ 1. rollouts: A* search, or sampling
             problems, indices = draw_problems(config, n, ranks, train_file)
             keys = astar_search.root_keys(config.seed, n, indices)
-            with phase("rollouts"), fsdp.gathered(model, ranks):
-                rollouts = make_rollouts(model, tokenizer, problems, keys, config, value, config.rollout, config.rollouts_per_problem)
+            with clock.phase("rollouts"), fsdp.gathered(model, ranks):
+                search_for = functools.partial(make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config)
+                rollouts = search_for(model, value=value, kind=config.rollout, K=config.rollouts_per_problem)
                 spent = rollouts.stats["model_tokens"]
                 if base is not None:  # apo: V*(x) from samples of the base; their tokens count
-                    reference = make_rollouts(base, tokenizer, problems, keys, config, None, "sample", config.apo_samples)
+                    reference = search_for(base, value=None, kind="sample", K=config.apo_samples)
                     spent += reference.stats["model_tokens"]
-
             if len(rollouts) == 0:
                 raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
 
             # ------------------------------------------------------------------------------------------ 2. rewards
-            texts = evaluation.texts_of(rollouts, tokenizer, problems, eos)
-            rewards, verdicts = judge(rollouts, texts, problems, reward, config.max_new_tokens)
+            texts, rewards, verdicts = judge(rollouts, tokenizer, problems, reward, config)
 
             # ------------------------------------------------------------------- 3. leaf weights and advantages
             mask = rollouts.mask
@@ -601,74 +665,74 @@ def main(argv=None):
                 advantages = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)[:, None] * mask
             else:
                 advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
-            extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}
+            rollouts.extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}
             if base is not None:
-                reference_rewards, _ = judge(reference, evaluation.texts_of(reference, tokenizer, problems, eos), problems, reward, config.max_new_tokens)
-                drawn = [reference_rewards[reference.problem == p].repeat_interleave(reference.count[reference.problem == p]) for p in range(len(problems))]
-                extra["optimal_value"] = policy.optimal_value(torch.stack(drawn), config.beta1)[rollouts.problem]
+                optimal = reference_values(reference, tokenizer, problems, reward, config)
                 with torch.no_grad():
-                    extra["ref_logprobs"] = policy.score(base, rollouts.tokens.to(ranks.device), mask.to(ranks.device))[0].cpu()
+                    ref_logprobs = policy.score(base, rollouts.tokens.to(ranks.device), mask.to(ranks.device))[0].cpu()
+                rollouts.extra |= {"optimal_value": optimal[rollouts.problem], "ref_logprobs": ref_logprobs}
 
             with uninterrupted():
                 # ----------------------------------------------------------------------------------- 4. the update
-                with phase("update"):
-                    learned = update(model, head, optimizers, (rollouts, extra), config, n, ranks)
+                with clock.phase("update"):
+                    learned = update(model, head, optimizers, rollouts, config, n, ranks)
                 iteration, model_tokens = n, model_tokens + spent
 
                 # -------------------------------------------------------------------------------------- 5. the log
-                returns = value_module.monte_carlo_returns(rewards, mask)
-                token_weight = leaf_weight[:, None] * mask
-                share = lambda x: (leaf_weight * torch.as_tensor(x, dtype=torch.float32)).sum().item() / len(problems)
-                correct = [verdict["correct"] for verdict in verdicts]
-                distinct = {(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}
-                row = {
-                    "iteration": n, "seconds": seconds(), "model_tokens": model_tokens,
-                    "reward_mean": share(rewards), "rollout_accuracy": share(correct), "unique_correct": len(distinct) / len(problems),
-                    "leaves": len(rollouts) / len(problems), "truncated": share(rollouts.truncated),
-                    "completion_length": share(rollouts.length - rollouts.prompt_length), "mass": rollouts.stats["mass"],
-                    "explained_variance": policy.explained_variance(rollouts.values, returns, token_weight),
-                    "learning_rate": config.learning_rate * learning_rate_scale(config, n),
-                    **learned, "forwards": rollouts.stats["forwards"], "stopped": rollouts.stats["stopped"],
-                }  # fmt: skip
+                row = {"iteration": n, "seconds": clock.seconds(), "model_tokens": model_tokens}
+                row |= summarise(rollouts, texts, verdicts, problems) | learned
+                row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
                 if n % config.eval_every == 0 or n == config.iterations:
                     evaluate_into(row)
-                    row["seconds"] = seconds()
                 append(metrics_path, row)
-                for i in random.Random(f"samples {config.seed} {n}").sample(range(len(rollouts)), min(config.samples, len(rollouts))):
-                    append(samples_path, {"iteration": n, "prompt": problems[rollouts.problem[i]].prompt, "completion": texts[i],
-                                          "truth": problems[rollouts.problem[i]].answer, **verdicts[i], "weight": leaf_weight[i].item(),
-                                          "log_pi": rollouts.log_pi[i].item(), "f": rollouts.f[i].item()})  # fmt: skip
-                line = (f"{n:4d}/{config.iterations}  accuracy {row['rollout_accuracy']:.3f}  reward {row['reward_mean']:+.2f}  length {row['completion_length']:5.1f}  "
-                        f"leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  entropy {row['entropy']:.2f}  "
-                        f"tokens {model_tokens:,}  {row['seconds']:.0f} s")  # fmt: skip
+                some = random.Random(f"samples {config.seed} {n}").sample(range(len(rollouts)), len(rollouts))
+                for i in some[: config.samples]:
+                    problem = problems[rollouts.problem[i]]
+                    sample = {"iteration": n, "prompt": problem.prompt, "completion": texts[i], "truth": problem.answer}
+                    numbers = {"weight": leaf_weight[i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
+                    append(samples_path, sample | verdicts[i] | {name: x.item() for name, x in numbers.items()})
+                line = f"{n:4d}/{config.iterations}" + "".join(
+                    f"  {word} {row[name]:{form}}"
+                    for word, name, form in (
+                        ("accuracy", "rollout_accuracy", ".3f"), ("reward", "reward_mean", "+.2f"), ("length", "completion_length", "5.1f"),
+                        ("leaves", "leaves", ".1f"), ("kl", "approx_kl", ".4f"), ("clip", "clip_fraction", ".2f"),
+                        ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
+                    )
+                )  # fmt: skip
                 tqdm.write(line + (f"  | eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
                 sys.stdout.flush()
                 bar.update()
 
                 # --------------------------------------------------------------------------------- 6. the checkpoint
                 if n % config.checkpoint_every == 0 or n == config.iterations:
-                    with phase("checkpoint"):
-                        saved = save_checkpoint(config, n, model, tokenizer, head, optimizers, progress())
+                    with clock.phase("checkpoint"):
+                        saved = keep()
     except KeyboardInterrupt:
         bar.close()
-        if iteration > 0 and (saved is None or not saved.endswith(f"_{iteration}")):
-            saved = save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress())
-        print(f"train.py: stopped by Ctrl-C after iteration {iteration}; {f'go on with --resume auto from {saved}' if saved else 'nothing to keep yet'}", file=sys.stderr)
+        if iteration > 0 and saved != os.path.join(config.output_dir, f"checkpoint_iter_{iteration}"):
+            saved = keep()
+        go_on = f"go on from {saved} with --resume auto" if saved else "there is nothing to keep yet"
+        print(f"train.py: stopped by Ctrl-C after iteration {iteration}; {go_on}", file=sys.stderr)
         sys.exit(130)
-    except (FloatingPointError, LookupError) as error:
+    except (FloatingPointError, LookupError, OSError) as error:
         bar.close()
-        print(f"train.py: stopped: {error}; the last good checkpoint is {saved or source or 'none'}", file=sys.stderr)
+        print(f"train.py: stopped: {error}; the last good checkpoint is {saved or 'none'}", file=sys.stderr)
         sys.exit(1)
     bar.close()
 
     # ------------------------------------------------------------------------------------------------- last words
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-    spent = ", ".join(f"{name} {t:.0f} s" for name, t in phase_seconds.items())
-    print(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: " + ", ".join(f"{a:.3f} after {i}" for i, a in evaluated.items()))
-    print(f"{model_tokens:,} model tokens in {seconds():.0f} s ({spent}); peak memory {memory:.2f} GiB")
-    print(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved or source}")
+    phases = ", ".join(f"{name} {t:.0f} s" for name, t in clock.phases.items())
+    curve = ", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items())
+    print(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: {curve}")
+    print(f"{model_tokens:,} model tokens in {clock.seconds():.0f} s ({phases}); peak memory {memory:.2f} GiB")
+    print(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved}")
     fsdp.stop(ranks)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("train.py: stopped by Ctrl-C before the first iteration; there is nothing to keep yet", file=sys.stderr)
+        sys.exit(130)

@@ -18,6 +18,7 @@ Grid: index t of values, advantages, returns and mask (B, T-1) is about the toke
 
     python value.py        # h against its definition, GAE worked by hand
 """
+
 import torch
 from torch import nn
 from torch.nn import functional as F

@@ -9,6 +9,7 @@ Two ways to run one round of a tree search, `width` new nodes in each of N probl
     python experiments/cache_layout.py            # the tiny base's shape, one thread
     python experiments/cache_layout.py --hidden 576 --layers 30 --problems 8
 """
+
 import argparse
 import pathlib
 import statistics
@@ -52,7 +53,17 @@ def seconds(function, repeats):
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description="Seconds of one search round under the two cache layouts.")
-    for name, default in (("hidden", 128), ("layers", 4), ("heads", 4), ("kv-heads", 2), ("problems", 64), ("width", 2), ("depth", 48), ("repeats", 15), ("threads", 1)):
+    for name, default in (
+        ("hidden", 128),
+        ("layers", 4),
+        ("heads", 4),
+        ("kv-heads", 2),
+        ("problems", 64),
+        ("width", 2),
+        ("depth", 48),
+        ("repeats", 15),
+        ("threads", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -61,7 +72,9 @@ def main():
                          num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, max_position_embeddings=8192)  # fmt: skip
     model = Qwen2ForCausalLM(config).eval().base_model
     N, w, H, D = args.problems, args.width, args.kv_heads, args.hidden // args.heads
-    print(f"{N} problems x {w} new nodes at depth {args.depth}, hidden {args.hidden}, {args.layers} layers; median of {args.repeats}")
+    print(
+        f"{N} problems x {w} new nodes at depth {args.depth}, hidden {args.hidden}, {args.layers} layers; median of {args.repeats}"
+    )
     print("nodes a problem   index ms   gather ms   ratio")
     for M in (64, 128, 256, 512, 1024, 2048, 4096):
         cache = IndexCache(args.layers, N, H, M, w, D)
@@ -70,7 +83,9 @@ def main():
             mask[:, :, i, torch.randperm(M)[: args.depth]] = 0
             mask[:, :, i, M + i] = 0
         tokens, positions = torch.zeros(N, w, dtype=torch.int64), torch.full((N, w), args.depth)
-        run = lambda: model(input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True)
+        run = lambda: model(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
         index = seconds(run, args.repeats)
 
         nodes = NodeCache()
@@ -79,7 +94,13 @@ def main():
         nodes.write = torch.arange(N * M, N * M + N * w)[:, None]
         row_tokens, row_positions = tokens.view(-1, 1), positions.view(-1, 1)
         row_mask = torch.zeros(N * w, 1, 1, args.depth + 1)
-        run = lambda: model(input_ids=row_tokens, position_ids=row_positions, attention_mask=row_mask, past_key_values=nodes, use_cache=True)
+        run = lambda: model(
+            input_ids=row_tokens,
+            position_ids=row_positions,
+            attention_mask=row_mask,
+            past_key_values=nodes,
+            use_cache=True,
+        )
         gather = seconds(run, args.repeats)
         print(f"{M:15d} {index * 1e3:10.1f} {gather * 1e3:11.1f} {index / gather:7.2f}")
         del cache, nodes

@@ -1,4 +1,5 @@
 """Puts the repository root on the path: the files under test are flat modules, not a package."""
+
 import pathlib
 import sys
 

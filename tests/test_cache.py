@@ -1,4 +1,5 @@
 """The KV-cached expander against plain forwards, on several architectures (theorem 7)."""
+
 import pytest
 import torch
 import transformers
@@ -16,9 +17,15 @@ def tiny(kind):
     """A randomly initialised model of an architecture, with weights large enough to make its choices peaked."""
     torch.manual_seed(0)
     if kind == "gpt2":
-        config = transformers.GPT2Config(vocab_size=31, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1)
+        config = transformers.GPT2Config(
+            vocab_size=31, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1
+        )
     else:
-        config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}[kind](**SMALL)
+        config = {
+            "qwen2": transformers.Qwen2Config,
+            "llama": transformers.LlamaConfig,
+            "qwen3": transformers.Qwen3Config,
+        }[kind](**SMALL)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(4 if kind == "gpt2" else 20)
@@ -57,7 +64,9 @@ def test_no_prefix_is_run_twice(kind):
     """Guards against running the whole prefix again for every child: tokens run = prompt tokens + distinct prefixes."""
     seen = []
     model = tiny(kind)
-    hook = model.base_model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].shape), with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(k["input_ids"].shape), with_kwargs=True
+    )
     trees, expander = run(model)
     hook.remove()
     decoded = sum(n for n, T in seen if T == 1)
@@ -75,7 +84,9 @@ def test_rollouts_do_not_depend_on_batch_composition_or_width():
             options = Options(eos=(1,), K=4, tau=1.0, width=width, max_new_tokens=7)
             alone = run(model, prompts=[prompt], rows=[row], options=options)[0][0]
             assert [leaf.path() for leaf in alone.leaves] == [path for path, _ in together[row]]
-            assert torch.allclose(torch.tensor([leaf.weight for leaf in alone.leaves]), torch.tensor([w for _, w in together[row]]))
+            assert torch.allclose(
+                torch.tensor([leaf.weight for leaf in alone.leaves]), torch.tensor([w for _, w in together[row]])
+            )
 
 
 def test_values_of_a_rollout_belong_to_its_prefixes():

@@ -1,4 +1,5 @@
 """data.py: the split does not leak, a problem is a pure function of its numbers, and bad input is named in one line."""
+
 import random
 import re
 import shutil

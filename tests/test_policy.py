@@ -1,4 +1,5 @@
 """Scoring, leaf weights and the three losses."""
+
 import math
 
 import pytest
@@ -7,7 +8,6 @@ import transformers
 from torch.nn import functional as F
 
 import policy
-import value
 from astar_search import Options, root_keys, search
 
 W = torch.ones(1, 1)
@@ -98,7 +98,13 @@ def test_before_the_first_update_nothing_is_clipped():
 
 @pytest.mark.parametrize(
     "ratio, advantage, loss, gradient",
-    [(1.5, 1.0, -1.2, 0.0), (1.5, -1.0, 1.5, 1.5), (0.5, 1.0, -0.5, -0.5), (0.5, -1.0, 0.8, 0.0), (1.1, 2.0, -2.2, -2.2)],
+    [
+        (1.5, 1.0, -1.2, 0.0),
+        (1.5, -1.0, 1.5, 1.5),
+        (0.5, 1.0, -0.5, -0.5),
+        (0.5, -1.0, 0.8, 0.0),
+        (1.1, 2.0, -2.2, -2.2),
+    ],
 )
 def test_the_clipped_side_has_no_gradient(ratio, advantage, loss, gradient):
     """Theorem 10, worked by hand; d loss / d log pi = -ratio A where unclipped.  Guards against max instead of min."""
@@ -162,7 +168,9 @@ def fit_apo(weights, leaves, beta1, beta2, steps=4000):
     for _ in range(steps):
         logp = torch.log_softmax(logits, dim=0)[leaves]
         one = torch.ones(len(leaves), 1, dtype=torch.float64)
-        loss, _ = policy.apo_loss(logp[:, None], PI.log()[leaves][:, None], one, R[leaves], best.expand(len(leaves)), beta2, weights)
+        loss, _ = policy.apo_loss(
+            logp[:, None], PI.log()[leaves][:, None], one, R[leaves], best.expand(len(leaves)), beta2, weights
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -204,7 +212,9 @@ def test_optimal_value_by_hand():
 
 def test_dropout_is_off(tmp_path):
     """Guards against a ratio that is noise before the first update: GPT-2 has dropout in its config."""
-    config = transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1)
+    config = transformers.GPT2Config(
+        vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1
+    )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     source = __import__("pathlib").Path(policy.__file__).parent / "tiny_base"
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -220,7 +230,9 @@ def test_freezing_and_checkpointing(tmp_path):
     folder = str(__import__("pathlib").Path(policy.__file__).parent / "tiny_base")
     model, _ = policy.load_policy(folder, freeze_blocks=2)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert any(name.startswith("model.layers.1.") for name in frozen) and not any("layers.2." in name for name in frozen)
+    assert any(name.startswith("model.layers.1.") for name in frozen) and not any(
+        "layers.2." in name for name in frozen
+    )
     tokens, mask = ragged(vocabulary=24)
     gradients = []
     for checkpointing in (False, True):

@@ -1,8 +1,12 @@
 """The README says what the code does: flags, defaults, metrics, names."""
+
 import dataclasses
 import importlib
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import train
 
@@ -40,3 +44,13 @@ def test_every_file_it_names_exists():
         assert (ROOT / name).exists(), name
     top = {path.name for path in ROOT.glob("*.py")}
     assert top == {f"{name}.py" for name in "astar_search value policy fsdp reward data train eval".split()}
+
+
+def test_policy_and_fsdp_can_be_copied_alone(tmp_path):
+    """Guards against an import of a sibling; the other leaves have this test beside their own."""
+    for name in ("policy", "fsdp"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / f"{name}.py", tmp_path / name)
+    code = "import sys; sys.path[:0] = ['policy', 'fsdp']; import policy, fsdp; print(fsdp.start(device='cpu').is_main)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout == "True\n", out.stderr

@@ -1,4 +1,5 @@
 """reward.py: only a whole number in the last answer block outside of thought counts, and no small term can reorder."""
+
 import random
 import shutil
 import subprocess
@@ -12,7 +13,24 @@ from reward import Reward, parse_answer, parse_number, well_formed
 ROOT = Path(__file__).resolve().parent.parent
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 BROKEN = ("<answer", "answer>", "< answer>", "<ANSWER>", "</ answer>", "<<answer>>", "<", ">", "</", "<think/>")
-TEXT = ("408", " 408 ", "-7", "+12", "1,204", "4 08", "12,34", "007", "0", "3.5", "", " ", "\n", "x", "４０８", "34*12=")
+TEXT = (
+    "408",
+    " 408 ",
+    "-7",
+    "+12",
+    "1,204",
+    "4 08",
+    "12,34",
+    "007",
+    "0",
+    "3.5",
+    "",
+    " ",
+    "\n",
+    "x",
+    "４０８",
+    "34*12=",
+)
 
 
 def tag_soup(rng):

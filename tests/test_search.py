@@ -5,6 +5,7 @@ tokens impossible, completions of 1 to 4 tokens, of which those without EOS are 
 force over all completions, or a textbook search that queues every child at once.  All seeds are fixed: a chi-square
 test passes if its p-value is above 1e-4, and beside each stands a planted wrong sampler that must fall below.
 """
+
 import heapq
 import math
 from collections import Counter

@@ -1,4 +1,5 @@
 """The training loop as a user meets it: runs, resumes, files, and one clear sentence for every mistake."""
+
 import dataclasses
 import json
 import math
@@ -12,7 +13,6 @@ import pytest
 import torch
 import transformers
 
-import astar_search
 import data
 import eval as evaluation
 import fsdp
@@ -41,7 +41,11 @@ def timeless(metrics):
 def tensors(folder):
     from safetensors.torch import load_file
 
-    return {f"{name}/{key}": x for name in ("model", "value", "optimizer") for key, x in load_file(folder / f"{name}.safetensors").items()}
+    return {
+        f"{name}/{key}": x
+        for name in ("model", "value", "optimizer")
+        for key, x in load_file(folder / f"{name}.safetensors").items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +63,10 @@ def test_a_run_writes_what_it_promises(finished):
     metrics = rows(finished / "metrics.jsonl")
     assert [row["iteration"] for row in metrics] == [0, 1, 2, 3, 4]
     assert {"eval_accuracy", "eval_format", "eval_accuracy_by_difficulty"} <= set(metrics[0]) & set(metrics[-1])
-    promised = "seconds model_tokens reward_mean rollout_accuracy unique_correct leaves truncated completion_length policy_loss \
+    promised = (
+        "seconds model_tokens reward_mean rollout_accuracy unique_correct leaves truncated completion_length policy_loss \
         value_loss approx_kl clip_fraction entropy explained_variance grad_norm learning_rate"
+    )
     for row in metrics[1:]:
         assert set(promised.split()) <= set(row)
         assert all(math.isfinite(x) for x in row.values() if isinstance(x, float))
@@ -150,7 +156,9 @@ def test_frozen_blocks_stay(tmp_path):
 def test_problems_from_files(tmp_path):
     lines = [json.dumps({"prompt": f"{a}*11=", "answer": 11 * a}) for a in range(10, 16)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    metrics = run(tmp_path / "run", "--train-file", str(tmp_path / "mine.jsonl"), "--eval-file", str(tmp_path / "mine.jsonl"))
+    metrics = run(
+        tmp_path / "run", "--train-file", str(tmp_path / "mine.jsonl"), "--eval-file", str(tmp_path / "mine.jsonl")
+    )
     assert metrics[0]["eval_accuracy_by_difficulty"].keys() == {"all"}
     assert all(row["prompt"].endswith("*11=") for row in rows(tmp_path / "run" / "samples.jsonl"))
 
@@ -163,7 +171,9 @@ def test_a_checkpoint_is_a_hugging_face_folder(finished):
     folder = finished / "checkpoint_iter_4"
     model, tokenizer = policy.load_policy(str(folder))
     problems = data.eval_problems(8)
-    _, found = evaluation.evaluate(model, tokenizer, problems, reward.Reward(), fsdp.start(device="cpu"), max_new_tokens=14)
+    _, found = evaluation.evaluate(
+        model, tokenizer, problems, reward.Reward(), fsdp.start(device="cpu"), max_new_tokens=14
+    )
     ours = [row["completions"][0]["text"] for row in found]
     code = f"""
 import json, transformers
@@ -181,7 +191,17 @@ print(json.dumps(texts))
 
 
 def test_eval_only(finished, capsys):
-    train.main(["--eval-only", "--checkpoint", str(finished / "checkpoint_iter_4"), "--eval-problems", "6", "--max-new-tokens", "14"])
+    train.main(
+        [
+            "--eval-only",
+            "--checkpoint",
+            str(finished / "checkpoint_iter_4"),
+            "--eval-problems",
+            "6",
+            "--max-new-tokens",
+            "14",
+        ]
+    )
     figure = float(capsys.readouterr().out.split("accuracy")[1].split()[0])
     assert figure == pytest.approx(rows(finished / "metrics.jsonl")[-1]["eval_accuracy"], abs=1e-3)
 
@@ -193,7 +213,9 @@ def test_every_architecture_trains_and_checkpoints(tmp_path):
     configs = {
         "llama": transformers.LlamaConfig(**small),
         "qwen3": transformers.Qwen3Config(**small),
-        "gpt2": transformers.GPT2Config(vocab_size=24, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=1),
+        "gpt2": transformers.GPT2Config(
+            vocab_size=24, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=1
+        ),
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny_base")
     for kind, config in configs.items():
@@ -215,7 +237,9 @@ def refused(capsys, *flags):
     with pytest.raises(SystemExit) as stop:
         train.main(list(flags))
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert stop.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1 and "Traceback" not in err, (
+        err
+    )
     return err
 
 
@@ -250,7 +274,9 @@ def test_bad_models_are_refused(capsys, tmp_path):
     transformers.T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
     assert "causal" in refused(capsys, "--output-dir", str(tmp_path / "run"), "--model", str(tmp_path / "t5"))
 
-    bert = transformers.BertConfig(vocab_size=31, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    bert = transformers.BertConfig(
+        vocab_size=31, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
     transformers.BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
     transformers.AutoTokenizer.from_pretrained(ROOT / "tiny_base").save_pretrained(tmp_path / "bert")
     assert "bert" in refused(capsys, "--output-dir", str(tmp_path / "run"), "--model", str(tmp_path / "bert"))
@@ -265,7 +291,7 @@ def test_bad_models_are_refused(capsys, tmp_path):
 
 
 def test_a_hub_id_without_network_is_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # at once, instead of after its retries
     assert "Qwen/Qwen2.5-3B" in refused(capsys, "--output-dir", str(tmp_path / "run"), "--config", "training")
 
 
@@ -289,7 +315,12 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path):
     whole = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     weights = bytearray(whole["model.safetensors"])
     weights[-5] ^= 1
-    for name, damage in (("value.safetensors", None), ("model.safetensors", bytes(weights)), ("trainer_state.json", None), ("trainer_state.json", b"{")):
+    for name, damage in (
+        ("value.safetensors", None),
+        ("model.safetensors", bytes(weights)),
+        ("trainer_state.json", None),
+        ("trainer_state.json", b"{"),
+    ):
         (checkpoint / name).unlink() if damage is None else (checkpoint / name).write_bytes(damage)
         assert name in refused(capsys, *flags)
         (checkpoint / name).write_bytes(whole[name])
@@ -307,9 +338,15 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path):
 
 def test_bad_lines_are_named(capsys, tmp_path):
     good = json.dumps({"prompt": "12*11=", "answer": 132})
-    for bad, word in (("{", "line 2"), ('{"prompt": "1*1="}', "answer"), (json.dumps({"prompt": "1" * 300, "answer": 1}), "context")):
+    for bad, word in (
+        ("{", "line 2"),
+        ('{"prompt": "1*1="}', "answer"),
+        (json.dumps({"prompt": "1" * 300, "answer": 1}), "context"),
+    ):
         (tmp_path / "bad.jsonl").write_text(good + "\n" + bad + "\n")
-        assert word in refused(capsys, "--train-file", str(tmp_path / "bad.jsonl"), "--output-dir", str(tmp_path / "run"))
+        assert word in refused(
+            capsys, "--train-file", str(tmp_path / "bad.jsonl"), "--output-dir", str(tmp_path / "run")
+        )
 
 
 def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
@@ -319,7 +356,9 @@ def test_a_nan_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, mon
     def poisoned(*args, **kwargs):
         calls.append(1)
         loss, metrics = original(*args, **kwargs)
-        return (loss * math.nan, {"policy_loss": metrics["policy_loss"] * math.nan}) if len(calls) > 4 else (loss, metrics)
+        return (
+            (loss * math.nan, {"policy_loss": metrics["policy_loss"] * math.nan}) if len(calls) > 4 else (loss, metrics)
+        )
 
     monkeypatch.setattr(policy, "ppo_loss", poisoned)
     with pytest.raises(SystemExit) as stop:
@@ -399,7 +438,11 @@ def test_eval_figures_are_counts_over_rows():
     for decode in ("greedy", "sample", "astar"):
         result, found = evaluation.evaluate(model, tokenizer, problems, reward.Reward(), ranks, decode=decode, n=4)
         assert len(found) == 30
-        draws = [(c["count"], c["correct"]) for row in found for c in (row["completions"][:1] if decode == "astar" else row["completions"])]
+        draws = [
+            (c["count"], c["correct"])
+            for row in found
+            for c in (row["completions"][:1] if decode == "astar" else row["completions"])
+        ]
         assert sum(count for count, _ in draws) == 30 * (4 if decode == "sample" else 1)
         assert result["accuracy"] == pytest.approx(sum(n for n, right in draws if right) / sum(n for n, _ in draws))
         for row in found:
@@ -412,7 +455,10 @@ def test_eval_figures_are_counts_over_rows():
 def test_evaluation_batches_do_not_change_the_figures():
     model, tokenizer = policy.load_policy(str(ROOT / "tiny_base"))
     problems, ranks = data.eval_problems(12), fsdp.start(device="cpu")
-    results = [evaluation.evaluate(model, tokenizer, problems, reward.Reward(), ranks, decode="sample", n=2, batch=b)[0] for b in (5, 12)]
+    results = [
+        evaluation.evaluate(model, tokenizer, problems, reward.Reward(), ranks, decode="sample", n=2, batch=b)[0]
+        for b in (5, 12)
+    ]
     for result in results:
         result.pop("tokens_per_second")
     assert results[0] == results[1]

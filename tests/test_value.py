@@ -1,4 +1,5 @@
 """value.py: the soft value is exact, GAE is what its equation says, and weighted leaves teach the head E_pi."""
+
 import itertools
 import math
 import random

@@ -12,6 +12,7 @@ Half of each for most of the training, then 5 % step-by-step: the model ends up 
     python tiny_base/make_base.py                                    # writes tiny_base/ and tiny_base/weak/
     python tiny_base/make_base.py --scan                             # prints the accuracy every 50 steps instead
 """
+
 import argparse
 import json
 import random
@@ -19,8 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -28,19 +28,21 @@ import data  # noqa: E402  (the split is data.py's alone)
 import reward  # noqa: E402
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-VOCABULARY = ["<pad>", "<eos>", "<unk>", *"0123456789", *"*=+- ,\n", *TAGS]  # 24 tokens
+# 24 tokens.  As in every byte-level vocabulary a space is written \u0120 and a new line \u010a.
+VOCABULARY = ["<pad>", "<eos>", "<unk>", *"0123456789", *"*=+-\u0120,\u010a", *TAGS]
 PAD, EOS = 0, 1
 
 
 def make_tokenizer():
-    """One token a character, one a tag."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?think>|</?answer>|[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        clean_up_tokenization_spaces=False, model_max_length=256,
+    """One token a character, one a tag.  A Qwen2 tokenizer without merges, because AutoTokenizer gives a Qwen2 model
+    that class whatever the folder asks for; the tags are added tokens, or it would not find them in a text."""
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[], pad_token="<pad>", eos_token="<eos>",
+        unk_token="<unk>", model_max_length=256,
     )  # fmt: skip
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
+    assert len(tokenizer) == len(VOCABULARY)
+    return tokenizer
 
 
 def make_model():
@@ -92,7 +94,11 @@ def measure(model, tokenizer, n=500, seed=0):
             while not done.all() and tokens.shape[1] < start + 48:
                 output = model(new, past_key_values=past, use_cache=True)
                 past, logits = output.past_key_values, output.logits[:, -1]
-                new = logits.argmax(-1) if how == "greedy" else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                new = (
+                    logits.argmax(-1)
+                    if how == "greedy"
+                    else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+                )
                 new = new.masked_fill(done, PAD).view(n, 1)
                 done |= new[:, 0] == EOS
                 tokens = torch.cat([tokens, new], dim=1)
@@ -128,7 +134,7 @@ def make(steps, tail, args, folder=None, scan=False):
     if folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        facts = {"steps": steps, "tail": tail, **vars(args), "parameters": model.num_parameters(), "measured": measured}
+        facts = vars(args) | {"steps": steps, "tail": tail, "parameters": model.num_parameters(), "measured": measured}
         (folder / "measured.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -136,8 +142,12 @@ def main():
     parser = argparse.ArgumentParser(description="Make the tiny base models.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--wrong-digit", type=float, default=0.5, help="chance that a digit of a direct answer is redrawn")
-    parser.add_argument("--tail-share", type=float, default=0.05, help="share of step-by-step documents in the last steps")
+    parser.add_argument(
+        "--wrong-digit", type=float, default=0.5, help="chance that a digit of a direct answer is redrawn"
+    )
+    parser.add_argument(
+        "--tail-share", type=float, default=0.05, help="share of step-by-step documents in the last steps"
+    )
     parser.add_argument("--steps", type=int, nargs=2, default=(660, 550), help="steps of the base and of the weak base")
     parser.add_argument("--tail", type=int, default=150)
     parser.add_argument("--scan", action="store_true", help="only print the accuracy every 50 steps")
