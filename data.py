@@ -125,8 +125,8 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
 
     The first 100 of 500 are the 100.  Raises ValueError if the range does not hold n such pairs.
     """
-    if n < 1:
-        raise ValueError(f"the number of evaluation problems must be 1 or more, not {n}")
+    if n < 0:
+        raise ValueError(f"the number of evaluation problems must not be negative, but is {n}")
     rng = random.Random(f"evaluation {seed}")
     ranges = parse_digits(digits)
     found = {}
@@ -215,7 +215,8 @@ def main():
         if args.file:
             print(args.file, statistics(read_problems(args.file)))
             return
-        parse_digits(args.digits)
+        if args.n < 1:
+            raise ValueError(f"--n must be 1 or more, not {args.n}")
         held_out = eval_problems(args.n, args.digits)
         train = [train_problem(0, 0, index, args.digits) for index in range(2_000)]
     except (ValueError, OSError) as error:
