@@ -226,7 +226,7 @@ class Tree:
         while True:
             # The weights need the key of leaf K+1.  At tau = 1 the head of the queue has it (for a constant h: G is the
             # maximum below a prefix); in between it is only a bound, so search on until the head is that leaf.
-            if len(self.leaves) >= options.K and (options.tau in (0, 1) or not self.queue or self.queue[0][1].leaf):
+            if len(self.leaves) >= options.K and (options.tau == 0 or options.tau == 1 or not self.queue or self.queue[0][1].leaf):
                 self.stopped = "leaves"
             elif self.mass >= options.cover:
                 self.stopped = "covered"
@@ -663,7 +663,8 @@ def join(parts):
         return torch.cat(rows)
 
     stats = {name: sum(part.stats[name] for part in parts) for name in ("model_tokens", "forwards", "pops", "pruned")}
-    stats["mass"] = sum(part.stats["mass"] for part in parts) / len(parts)
+    trees = [sum(part.stats["stopped"].values()) for part in parts]
+    stats["mass"] = sum(part.stats["mass"] * n for part, n in zip(parts, trees)) / sum(trees)
     stats["stopped"] = dict(sum((Counter(part.stats["stopped"]) for part in parts), Counter()))
     return Rollouts(
         **{f.name: column(f.name) for f in fields(Rollouts) if f.name not in ("extra", "stats")}, stats=stats

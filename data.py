@@ -14,6 +14,7 @@ import collections
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -130,13 +131,15 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
     rng = random.Random(f"evaluation {seed}")
     ranges = parse_digits(digits)
     found = {}
-    for _ in range(2_000 + 200 * n):
+    for _ in range(min(2_000 + 200 * n, 1_000_000)):
         if len(found) == n:
             break
         a, b = draw_operands(rng, ranges)
         if is_held_out(a, b):
             found.setdefault((min(a, b), max(a, b)), (a, b))
     if len(found) < n:  # a small range: the last pairs are drawn too rarely, so go through all of it
+        if math.prod(10**most - 10 ** (least - 1) for least, most in ranges) > 10_000_000:
+            raise ValueError(f"{n} evaluation problems are too many to draw for --digits {digits}: ask for fewer")
         for a, b in itertools.product(*(range(10 ** (least - 1), 10**most) for least, most in ranges)):
             if len(found) < n and is_held_out(a, b):
                 found.setdefault((min(a, b), max(a, b)), (a, b))
@@ -152,7 +155,7 @@ def read_problems(path, prefill=None):
     """Problems of a jsonl file: one object a line with `prompt` (text) and `answer` (whole number, or its digits);
     `difficulty` and `prefill` if you like.  Raises ValueError that names the line, OSError if it cannot be read."""
     problems = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:  # bytes: json decodes each line, so that one that is not UTF-8 can be named too
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

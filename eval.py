@@ -7,7 +7,7 @@ Three ways to decode, all on the expander of astar_search.py:
     astar     best-first search guided by the value head; the answer is the first leaf found.  It never sees the reward.
 
     python eval.py                                                        # the tiny base, greedy
-    python eval.py --model runs/local/checkpoint_iter_40 --decode astar
+    python eval.py --model runs/local/checkpoint_iter_90 --decode astar
     python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --n 8 --max-new-tokens 512
 """
 
@@ -51,7 +51,10 @@ def guide(head, bounds, beta, use_head=True):
 
 def encode(tokenizer, problems):
     """Prompt and prefill of each problem as token ids."""
-    return [tokenizer(problem.text)["input_ids"] for problem in problems]
+    ids = [tokenizer(problem.text)["input_ids"] for problem in problems]
+    if [] in ids:
+        raise ValueError(f"the tokenizer gives no tokens for the prompt {problems[ids.index([])].text!r}")
+    return ids
 
 
 def texts_of(rollouts, tokenizer, problems):
@@ -68,7 +71,7 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     """Returns (result, rows): figures for JSON, and one row a problem with its completions and verdicts.
 
     result: accuracy, format, accuracy_by_difficulty, format_by_difficulty, completion_length, truncated, model_tokens,
-    tokens_per_second; with decode="sample" also pass@1, 2, 4, ... n; with "astar" also found (any leaf right).
+    tokens_per_second; with decode="sample" also pass@1, 2, 4, ... up to n; with "astar" also found (any leaf right).
     Each rank takes its share of the problems; the figures are sums over ranks, hence the same for any number of them.
     """
     eos = policy.stop_tokens(model, tokenizer)
@@ -168,13 +171,16 @@ def load_head(folder, model):
     path, state = os.path.join(folder, "value.safetensors"), os.path.join(folder, "trainer_state.json")
     if not os.path.isfile(path) or not os.path.isfile(state):
         return None
-    with open(state) as file:
-        config = json.load(file)["config"]
-    weights = load_file(path)
-    head = value_module.ValueHead(weights["inner.weight"].shape[1], weights["inner.weight"].shape[0])
-    head.load_state_dict(weights)
-    bounds = reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
-    return guide(head.to(model.device), bounds, config["beta"])
+    try:
+        with open(state) as file:
+            config = json.load(file)["config"]
+        weights = load_file(path)
+        head = value_module.ValueHead(model.config.get_text_config().hidden_size, weights["inner.weight"].shape[0])
+        head.load_state_dict(weights)
+        bounds = reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
+        return guide(head.to(model.device), bounds, config["beta"])
+    except Exception as error:  # truncated, of another model, edited by hand: whatever it is, there is no head to use
+        raise ValueError(f"{folder}: its value head cannot be read ({type(error).__name__})") from None
 
 
 def report(result):
@@ -224,6 +230,8 @@ def main(argv=None):
         for name in ("problems", "n", "max_new_tokens", "width", "max_nodes"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+        if not (0 <= args.seed <= 2**31 and args.show >= 0):
+            raise ValueError("--seed must lie in [0, 2^31], and --show must be 0 or more")
         if not 0 <= args.tau <= 1:
             raise ValueError(f"--tau must lie in [0, 1], not {args.tau}")
         if args.eval_file:
@@ -256,4 +264,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("eval.py: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

@@ -6,7 +6,7 @@
     python train.py --rollout sample                  # the same with i.i.d. sampling: the baseline
     python train.py --config training                 # Qwen2.5-3B
     python train.py --resume auto                     # go on after a stop
-    python train.py --eval-only --checkpoint runs/local/checkpoint_iter_40
+    python train.py --eval-only --checkpoint runs/local/checkpoint_iter_90
 
 The loop is `main()`, one phase after the other.  Above it are the flags and the files a run writes.
 """
@@ -151,7 +151,7 @@ def parse(argv):
             if given is not None:
                 setattr(config, f.name, given)
         check(config)
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     return config, args, parser.error
 
@@ -208,12 +208,22 @@ def inspect_output(config):
     folder = config.output_dir
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
-    if config.resume and config.resume != "auto":
-        return config.resume
     found = checkpoints(folder)
+    held = any(os.path.exists(os.path.join(folder, name)) for name in RUN_FILES)
+    if os.path.exists(os.path.join(folder, "config.json")):
+        with open(os.path.join(folder, "config.json")) as file:
+            if '"output_dir"' not in file.read():
+                raise ValueError(f"--output-dir {folder}: its config.json is not a run's, so the folder is left alone")
+    for path in (config.model, config.train_file, config.eval_file):
+        if config.overwrite and path and os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep):
+            raise ValueError(f"--overwrite would remove {path}, which this run needs: give another --output-dir")
+    if config.resume and config.resume != "auto":
+        own = os.path.dirname(os.path.abspath(config.resume)) == os.path.abspath(folder)
+        if (held or found) and not own:
+            raise ValueError(f"--output-dir {folder} holds another run: give --resume DIR another --output-dir")
+        return config.resume
     if config.resume == "auto" and found:
         return found[-1]
-    held = any(os.path.exists(os.path.join(folder, name)) for name in RUN_FILES)
     if (held or found) and not (config.overwrite or config.resume):
         raise ValueError(
             f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir"
@@ -233,6 +243,9 @@ def open_output(config, iteration):
                 os.remove(path)
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_back(os.path.join(folder, name), iteration)
+    for path in checkpoints(folder):  # of a run that went further: they would be taken for this one's
+        if int(path.rpartition("_")[2]) > iteration:
+            shutil.rmtree(path)
     with open(os.path.join(folder, "config.json"), "w") as file:
         json.dump(dataclasses.asdict(config), file, indent=1)
 
@@ -294,8 +307,9 @@ def read_state(folder):
     try:
         with open(path) as file:
             state = json.load(file)
-        files = state["files"]
-    except (json.JSONDecodeError, KeyError) as error:
+        files = dict(state["files"])
+        dict(state["config"]), state["iteration"] + state["model_tokens"] + state["seconds"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
     for name, expected in files.items():
         path = os.path.join(folder, name)
@@ -328,7 +342,8 @@ def restore(folder, model, head, optimizers):
 def check_same_run(config, saved, folder):
     """Raise ValueError if a flag that shapes the run is not the one the checkpoint was made with."""
     for name, x in saved.items():
-        if name not in FREE_ON_RESUME and getattr(config, name, x) != x:
+        free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
+        if not free and getattr(config, name, x) != x:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(config, name)} differs from the {x} that {folder} was trained with"
             )
@@ -339,7 +354,11 @@ def cut_back(path, iteration):
     if not os.path.exists(path):
         return
     with open(path) as file:
-        kept = [line for line in file if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+        lines = [line for line in file if line.endswith("\n")]  # a line cut short by a kill is dropped
+    try:
+        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: a line of it is not a JSON object with an iteration") from None
     with open(path + ".tmp", "w") as file:
         file.writelines(kept)
     os.replace(path + ".tmp", path)
@@ -352,15 +371,9 @@ def append(path, row):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Ctrl-C waits until the block is through (a second one does not): an update happens whole or not at all."""
+    """Ctrl-C waits until the block is through: an update happens whole or not at all."""
     pressed = []
-
-    def handler(signum, frame):
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, handler)
+    before = signal.signal(signal.SIGINT, lambda signum, frame: pressed.append(True))
     try:
         yield
     finally:
@@ -376,9 +389,8 @@ def draw_problems(config, iteration, ranks, from_file):
     """This rank's share of the iteration's problems, and their global numbers."""
     indices = list(fsdp.share(config.problems_per_iteration, ranks))
     if from_file:
-        chosen = [
-            data.pick_problem(from_file, config.seed, iteration, i, config.problems_per_iteration) for i in indices
-        ]
+        n = config.problems_per_iteration  # iterations count from 1, the epochs of a file from 0
+        chosen = [data.pick_problem(from_file, config.seed, iteration - 1, i, n) for i in indices]
     else:
         chosen = [data.train_problem(config.seed, iteration, i, config.digits, config.prompt) for i in indices]
     return chosen, indices
@@ -526,6 +538,7 @@ def summarise(rollouts, texts, verdicts, problems):
         "explained_variance": policy.explained_variance(rollouts.values, returns, weight[:, None] * mask),
         "forwards": rollouts.stats["forwards"],
         "stopped": rollouts.stats["stopped"],
+        "pruned": rollouts.stats["pruned"],
     }
 
 
@@ -606,8 +619,8 @@ def main(argv=None):
     # ------------------------------------------------------------------------------------------------ first words
     try:
         open_output(config, state["iteration"])
-    except OSError as error:
-        refuse(f"--output-dir {config.output_dir}: {error.strerror}")
+    except (ValueError, OSError) as error:
+        refuse(f"--output-dir {config.output_dir}: {error}")
     metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
     clock, iteration, model_tokens, evaluated = Clock(state["seconds"]), state["iteration"], state["model_tokens"], {}
     size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
@@ -622,22 +635,22 @@ def main(argv=None):
         row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
         row |= {"eval_length": result["completion_length"], "seconds": clock.seconds()}
 
-    if source:
-        print(f"resumed from {source}, after iteration {iteration}")
-    else:
-        if config.resume:
-            print(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
-        row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
-        evaluate_into(row)
-        append(metrics_path, row)
-        print(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
-
     keep = lambda: save_checkpoint(
         config, iteration, model, tokenizer, head, optimizers, {"model_tokens": model_tokens, "seconds": clock.seconds()}
     )
     bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None)  # quiet without a terminal
     saved = source
     try:
+        if source:
+            print(f"resumed from {source}, after iteration {iteration}")
+        else:
+            if config.resume:
+                print(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
+            row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
+            evaluate_into(row)
+            append(metrics_path, row)
+            print(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
+
         while iteration < config.iterations:
             n = iteration + 1
 
@@ -711,7 +724,7 @@ def main(argv=None):
         bar.close()
         if iteration > 0 and saved != os.path.join(config.output_dir, f"checkpoint_iter_{iteration}"):
             saved = keep()
-        go_on = f"go on from {saved} with --resume auto" if saved else "there is nothing to keep yet"
+        go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
         print(f"train.py: stopped by Ctrl-C after iteration {iteration}; {go_on}", file=sys.stderr)
         sys.exit(130)
     except (FloatingPointError, LookupError, OSError) as error:
@@ -734,5 +747,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("train.py: stopped by Ctrl-C before the first iteration; there is nothing to keep yet", file=sys.stderr)
+        print("train.py: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -103,7 +103,6 @@ def main():
         )
         gather = seconds(run, args.repeats)
         print(f"{M:15d} {index * 1e3:10.1f} {gather * 1e3:11.1f} {index / gather:7.2f}")
-        del cache, nodes
 
 
 if __name__ == "__main__":

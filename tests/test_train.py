@@ -388,6 +388,58 @@ def test_ctrl_c_keeps_the_last_finished_iteration(tmp_path, capsys, monkeypatch)
     assert len(run(tmp_path, "--resume", "auto", iterations=9)) == 10
 
 
+def test_a_second_ctrl_c_does_not_tear_the_update(tmp_path, monkeypatch):
+    """Two signals within one update: the checkpoint is that of the whole update, equal to an undisturbed run's."""
+    original, calls = policy.ppo_loss, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (5, 6):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(policy, "ppo_loss", interrupted)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "torn", iterations=3)
+    monkeypatch.undo()
+    run(tmp_path / "whole", iterations=3)
+    mine, theirs = (tensors(tmp_path / name / "checkpoint_iter_2") for name in ("torn", "whole"))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_no_run_is_mixed_with_another(capsys, tmp_path):
+    """A checkpoint of one run is not continued in the folder of another; a model's folder is not taken for a run; what a
+    run starts from is not overwritten; going on from an older checkpoint drops the newer ones."""
+    run(tmp_path / "a", "--keep-checkpoints", "9", iterations=3)
+    run(tmp_path / "b", "--seed", "5", iterations=1)
+    older = str(tmp_path / "a" / "checkpoint_iter_1")
+    before = (tmp_path / "b" / "metrics.jsonl").read_bytes()
+    assert "another run" in refused(capsys, *SMALL, "--output-dir", str(tmp_path / "b"), "--resume", older)
+    assert (tmp_path / "b" / "metrics.jsonl").read_bytes() == before
+    for flags in (["--overwrite"], ["--resume", "auto"], []):
+        assert "not a run's" in refused(capsys, *SMALL, "--output-dir", older, *flags)
+    assert "needs" in refused(capsys, *SMALL, "--output-dir", str(tmp_path / "a"), "--model", older, "--overwrite")
+    assert len(run(tmp_path / "a", "--resume", older, "--keep-checkpoints", "9", iterations=2)) == 3
+    assert [path.name for path in train_checkpoints(tmp_path / "a")] == ["checkpoint_iter_1", "checkpoint_iter_2"]
+
+
+def train_checkpoints(folder):
+    return [pathlib.Path(path) for path in train.checkpoints(str(folder))]
+
+
+def test_a_file_is_walked_through_epoch_by_epoch():
+    """Guards against an epoch that begins in its middle: iterations count from 1."""
+    problems = [data.Problem(f"{i}*1=", i) for i in range(8)]
+    config, ranks = train.Config(problems_per_iteration=4), fsdp.start(device="cpu")
+    seen = [p.answer for i in (1, 2) for p in train.draw_problems(config, i, ranks, problems)[0]]
+    assert sorted(seen) == list(range(8))
+
+
+def test_a_prompt_without_tokens_is_refused(capsys, tmp_path):
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": "hello", "answer": 4}))
+    assert "no tokens" in refused(capsys, "--train-file", str(tmp_path / "odd.jsonl"), "--output-dir", str(tmp_path / "run"))
+
+
 # ----------------------------------------------------------------------------------------------------- the pieces
 
 
