@@ -78,8 +78,8 @@ class Config:
     # losses
     loss: str = flag("ppo", "policy loss", choices=("ppo", "grpo", "apo"))
     gae_lambda: float = flag(0.95, "lambda of GAE", low=0, high=1)
-    clip: float = flag(0.2, "epsilon of PPO's clip", above=0)
-    entropy_coef: float = flag(0.0, "weight of the entropy bonus", low=0)
+    clip: float = flag(0.2, "epsilon of PPO's clip (ppo, grpo)", above=0)
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus (ppo, grpo)", low=0)
     beta1: float = flag(0.5, "apo: temperature of V*, estimated on samples of the base", above=0)
     beta2: float = flag(0.001, "apo: temperature of the regression", above=0)
     apo_samples: int = flag(8, "apo: samples of the base a problem for V*", low=1)
