@@ -173,6 +173,12 @@ class Node:
             node = node.parent
         return tokens[::-1]
 
+    def end(self, options):
+        """Mark the node as a leaf if its token ends the completion, or the limit cuts it there."""
+        ended = self.token in options.eos
+        self.truncated = not ended and self.depth >= options.max_new_tokens
+        self.leaf = ended or self.truncated
+
     def __lt__(self, other):  # heapq asks this only if two keys are equal: ties break by path
         return self.path() < other.path()
 
@@ -198,9 +204,7 @@ class Tree:
             return
         f, h, g, G, logp, token, key = parent.children[rank]
         node = Node(parent.problem, parent, token, parent.depth + 1, f, h, g, G, logp, key, rank)
-        ended = token in self.options.eos
-        node.truncated = not ended and node.depth >= self.options.max_new_tokens
-        node.leaf = ended or node.truncated
+        node.end(self.options)
         heapq.heappush(self.queue, (-f, node))
 
     def missing(self, node):
@@ -350,8 +354,7 @@ def sample(keys, expand, options, greedy=False):
             if node is None:
                 g = parent.g + step
                 node = Node(parent.problem, parent, token, parent.depth + 1, g, 0.0, g, g, step, key=0, count=0)
-                node.truncated = token not in options.eos and node.depth >= options.max_new_tokens
-                node.leaf = token in options.eos or node.truncated
+                node.end(options)
                 children[id(parent), token] = node
                 if node.leaf:
                     trees[node.problem].leaves.append(node)

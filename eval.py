@@ -65,6 +65,14 @@ def texts_of(rollouts, tokenizer, problems):
     return [prefill + text for prefill, text in zip(prefills, tokenizer.batch_decode(ids, skip_special_tokens=True))]
 
 
+def judge(rollouts, tokenizer, problems, reward, max_new_tokens):
+    """Texts of the rollouts, and what the reward says of each: dicts of its parts."""
+    texts = texts_of(rollouts, tokenizer, problems)
+    lengths = (rollouts.length - rollouts.prompt_length).tolist()
+    facts = zip(texts, rollouts.problem.tolist(), lengths, rollouts.truncated.tolist())
+    return texts, [reward(text, problems[p].answer, length / max_new_tokens, cut) for text, p, length, cut in facts]
+
+
 @torch.no_grad()
 def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8, max_new_tokens=48, value=None, tau=0.0,
              width=2, max_nodes=1024, batch=512, seed=0):  # fmt: skip
@@ -94,7 +102,7 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
                 trees = astar_search.sample(keys, expander, options, greedy)
             rollouts = astar_search.collect(trees, expander)
             model_tokens += expander.model_tokens
-            texts = texts_of(rollouts, tokenizer, chosen)
+            texts, verdicts = judge(rollouts, tokenizer, chosen, reward, max_new_tokens)
             for index, problem in zip(indices, chosen):
                 rows.append(
                     {
@@ -108,16 +116,14 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
             lengths = (rollouts.length - rollouts.prompt_length).tolist()
             first_row = len(rows) - len(chosen)
             for i, p in enumerate(rollouts.problem.tolist()):
-                cut = bool(rollouts.truncated[i])
-                verdict = reward(texts[i], chosen[p].answer, lengths[i] / max_new_tokens, cut)
                 completion = {
                     "text": texts[i],
                     "count": int(rollouts.count[i]),
                     "f": float(rollouts.f[i]),
                     "tokens": lengths[i],
-                    "truncated": cut,
+                    "truncated": bool(rollouts.truncated[i]),
                 }
-                rows[first_row + p]["completions"].append(completion | verdict)
+                rows[first_row + p]["completions"].append(completion | verdicts[i])
     model.train(was_training)
 
     # Everything below is a sum over problems.  An A* search that found no leaf within its bounds counts as wrong.

@@ -235,14 +235,12 @@ def open_output(config, iteration):
     """Make the output folder ready to go on after `iteration`: a new run starts empty, a resumed one is cut back."""
     folder = config.output_dir
     os.makedirs(folder, exist_ok=True)
-    if iteration == 0:
-        for path in [os.path.join(folder, name) for name in RUN_FILES] + checkpoints(folder):
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            elif os.path.exists(path):
-                os.remove(path)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        cut_back(os.path.join(folder, name), iteration)
+        path = os.path.join(folder, name)
+        if iteration > 0:
+            cut_back(path, iteration)
+        elif os.path.exists(path):
+            os.remove(path)
     for path in checkpoints(folder):  # of a run that went further: they would be taken for this one's
         if int(path.rpartition("_")[2]) > iteration:
             shutil.rmtree(path)
@@ -416,20 +414,10 @@ def make_rollouts(model, tokenizer, problems, keys, config, value, kind, K):
     return astar_search.join(parts)
 
 
-def judge(rollouts, tokenizer, problems, reward, config):
-    """Texts of the rollouts, their rewards (B,), and the reward's parts as dicts."""
-    texts = evaluation.texts_of(rollouts, tokenizer, problems)
-    lengths = (rollouts.length - rollouts.prompt_length).tolist()
-    verdicts = [
-        reward(text, problems[p].answer, length / config.max_new_tokens, cut)
-        for text, p, length, cut in zip(texts, rollouts.problem.tolist(), lengths, rollouts.truncated.tolist())
-    ]
-    return texts, torch.tensor([verdict["reward"] for verdict in verdicts]), verdicts
-
-
 def reference_values(reference, tokenizer, problems, reward, config):
     """apo: V*(x) of each problem (N,) from samples of the base."""
-    _, rewards, _ = judge(reference, tokenizer, problems, reward, config)
+    _, verdicts = evaluation.judge(reference, tokenizer, problems, reward, config.max_new_tokens)
+    rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
     drawn = rewards.repeat_interleave(reference.count).view(len(problems), config.apo_samples)  # problem by problem
     return policy.optimal_value(drawn, config.beta1)
 
@@ -668,7 +656,8 @@ def main(argv=None):
                 raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
 
             # ------------------------------------------------------------------------------------------ 2. rewards
-            texts, rewards, verdicts = judge(rollouts, tokenizer, problems, reward, config)
+            texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
+            rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
 
             # ------------------------------------------------------------------- 3. leaf weights and advantages
             mask = rollouts.mask

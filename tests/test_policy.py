@@ -1,6 +1,7 @@
 """Scoring, leaf weights and the three losses."""
 
 import math
+import pathlib
 
 import pytest
 import torch
@@ -216,7 +217,7 @@ def test_dropout_is_off(tmp_path):
         vocab_size=24, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=1, bos_token_id=1
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    source = __import__("pathlib").Path(policy.__file__).parent / "tiny_base"
+    source = pathlib.Path(policy.__file__).parent / "tiny_base"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((source / name).read_bytes())
     model, _ = policy.load_policy(str(tmp_path))
@@ -227,7 +228,7 @@ def test_dropout_is_off(tmp_path):
 
 def test_freezing_and_checkpointing(tmp_path):
     """--freeze-blocks 2 leaves embeddings and two blocks without gradient; checkpointing changes no gradient."""
-    folder = str(__import__("pathlib").Path(policy.__file__).parent / "tiny_base")
+    folder = str(pathlib.Path(policy.__file__).parent / "tiny_base")
     model, _ = policy.load_policy(folder, freeze_blocks=2)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert any(name.startswith("model.layers.1.") for name in frozen) and not any(
