@@ -329,7 +329,7 @@ def sample(keys, expand, options, greedy=False):
     """
     trees = [Tree(row, key, options) for row, key in enumerate(keys)]
     K = 1 if greedy else options.K
-    chains = torch.tensor(keys)[:, None]  # (N, 1)
+    chains = torch.tensor(keys, dtype=torch.int64)[:, None]  # (N, 1)
     chain_keys = mix64(chains, -2 - torch.arange(K)).view(-1)  # (N * K,)
     at = [tree.root for tree in trees for _ in range(K)]  # the node where each chain is
     children = {}  # (id of parent, token) -> Node
@@ -429,11 +429,11 @@ class Expander:
         self.dtype = next(model.parameters()).dtype
         self.value = value
         self.prompts = prompts
-        self.span = max(map(len, prompts)) + max_new_tokens  # longest path in tokens
+        self.span = max(map(len, prompts), default=1) + max_new_tokens  # longest path in tokens
         self.cache = NodeCache()
         # By row of the cache: the rows of the path that ends here, by position (0 beyond), the last hidden state, V.
         self.ancestors = torch.zeros(0, self.span, dtype=torch.int64, device=self.device)
-        self.hidden = self.values = None
+        self.hidden, self.values = None, torch.zeros(0, device=self.device)
         self.model_tokens = self.forwards = 0
 
     @torch.no_grad()
@@ -463,7 +463,6 @@ class Expander:
         more = 2 * need - have
         if self.hidden is None:
             self.hidden = torch.zeros(0, hidden_size, dtype=self.dtype, device=self.device)
-            self.values = torch.zeros(0, device=self.device)
         self.ancestors = torch.cat([self.ancestors, self.ancestors.new_zeros(more, self.span)])
         self.hidden = torch.cat([self.hidden, self.hidden.new_zeros(more, self.hidden.shape[1])])
         self.values = torch.cat([self.values, self.values.new_zeros(more)])
@@ -647,7 +646,7 @@ def collect(trees, expander, pad=0):
             "model_tokens": expander.model_tokens,
             "forwards": expander.forwards,
             "pops": sum(tree.pops for tree in trees),
-            "mass": sum(tree.mass for tree in trees) / len(trees),
+            "mass": sum(tree.mass for tree in trees) / max(1, len(trees)),
             "stopped": dict(Counter(tree.stopped for tree in trees)),
             "pruned": sum(tree.pruned for tree in trees),
         },
@@ -667,7 +666,7 @@ def join(parts):
 
     stats = {name: sum(part.stats[name] for part in parts) for name in ("model_tokens", "forwards", "pops", "pruned")}
     trees = [sum(part.stats["stopped"].values()) for part in parts]
-    stats["mass"] = sum(part.stats["mass"] * n for part, n in zip(parts, trees)) / sum(trees)
+    stats["mass"] = sum(part.stats["mass"] * n for part, n in zip(parts, trees)) / max(1, sum(trees))
     stats["stopped"] = dict(sum((Counter(part.stats["stopped"]) for part in parts), Counter()))
     return Rollouts(
         **{f.name: column(f.name) for f in fields(Rollouts) if f.name not in ("extra", "stats")}, stats=stats

@@ -8,6 +8,7 @@ Three ways to decode, all on the expander of astar_search.py:
 
     python eval.py                                                        # the tiny base, greedy
     python eval.py --model runs/local/checkpoint_iter_90 --decode astar
+    torchrun --standalone --nproc_per_node=2 eval.py                      # the same figures from two processes
     python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --n 8 --max-new-tokens 512
 """
 
@@ -80,7 +81,8 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
 
     result: accuracy, format, accuracy_by_difficulty, format_by_difficulty, completion_length, truncated, model_tokens,
     tokens_per_second; with decode="sample" also pass@1, 2, 4, ... up to n; with "astar" also found (any leaf right).
-    Each rank takes its share of the problems; the figures are sums over ranks, hence the same for any number of them.
+    Each rank decodes its share of the problems with whole weights (fsdp.gathered); then every rank has every row, so
+    the figures are the same for any number of them.
     """
     eos = policy.stop_tokens(model, tokenizer)
     greedy = decode == "greedy"
@@ -91,84 +93,73 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     model.eval()
     rows, model_tokens = [], 0
     mine = list(fsdp.share(len(problems), ranks))
-    with fsdp.gathered(model, ranks):
-        for indices in (mine[i : i + batch] for i in range(0, len(mine), batch)):
-            chosen = [problems[i] for i in indices]
-            expander = astar_search.Expander(model, encode(tokenizer, chosen), max_new_tokens, value)
-            keys = astar_search.root_keys(seed, -1, indices)  # iteration -1: evaluation's own noise
-            if decode == "astar":
-                trees = astar_search.search(keys, expander, options)
-            else:
-                trees = astar_search.sample(keys, expander, options, greedy)
-            rollouts = astar_search.collect(trees, expander)
-            model_tokens += expander.model_tokens
-            texts, verdicts = judge(rollouts, tokenizer, chosen, reward, max_new_tokens)
-            for index, problem in zip(indices, chosen):
-                rows.append(
-                    {
-                        "index": index,
-                        "prompt": problem.prompt,
-                        "truth": problem.answer,
-                        "difficulty": problem.difficulty,
-                        "completions": [],
-                    }
-                )
-            lengths = (rollouts.length - rollouts.prompt_length).tolist()
-            first_row = len(rows) - len(chosen)
-            for i, p in enumerate(rollouts.problem.tolist()):
-                completion = {
-                    "text": texts[i],
-                    "count": int(rollouts.count[i]),
-                    "f": float(rollouts.f[i]),
-                    "tokens": lengths[i],
-                    "truncated": bool(rollouts.truncated[i]),
-                }
-                rows[first_row + p]["completions"].append(completion | verdicts[i])
+    for indices in (mine[i : i + batch] for i in range(0, len(mine), batch)):
+        chosen = [problems[i] for i in indices]
+        expander = astar_search.Expander(model, encode(tokenizer, chosen), max_new_tokens, value)
+        keys = astar_search.root_keys(seed, -1, indices)  # iteration -1: evaluation's own noise
+        if decode == "astar":
+            trees = astar_search.search(keys, expander, options)
+        else:
+            trees = astar_search.sample(keys, expander, options, greedy)
+        rollouts = astar_search.collect(trees, expander)
+        model_tokens += expander.model_tokens
+        texts, verdicts = judge(rollouts, tokenizer, chosen, reward, max_new_tokens)
+        batch_rows = [
+            {"index": i, "prompt": p.prompt, "truth": p.answer, "difficulty": p.difficulty, "completions": []}
+            for i, p in zip(indices, chosen)
+        ]
+        lengths = (rollouts.length - rollouts.prompt_length).tolist()
+        for i, p in enumerate(rollouts.problem.tolist()):
+            completion = {
+                "text": texts[i],
+                "count": int(rollouts.count[i]),
+                "f": float(rollouts.f[i]),
+                "tokens": lengths[i],
+                "truncated": bool(rollouts.truncated[i]),
+            }
+            batch_rows[p]["completions"].append(completion | verdicts[i])
+        rows += batch_rows
     model.train(was_training)
+    rows = sorted((row for part in fsdp.everyone(rows, ranks) for row in part), key=lambda row: row["index"])
+    model_tokens = fsdp.total({"model_tokens": model_tokens}, ranks)["model_tokens"]
 
-    # Everything below is a sum over problems.  An A* search that found no leaf within its bounds counts as wrong.
-    sums = {}
+    # A mean over problems, each by the mean of its completions.  An A* search that found no leaf counts as wrong.
+    columns = {}  # name -> a number for each problem that has one
 
-    def add(name, amount):
-        sums[name] = sums.get(name, 0.0) + amount
+    def add(name, number):
+        columns.setdefault(name, []).append(number)
 
     for row in rows:
         found = row["completions"]
         judged = found[:1] if decode == "astar" else found  # the first leaf is the answer
-        draws = sum(c["count"] for c in judged)
-        right = sum(c["count"] for c in judged if c["correct"])
-        row["correct"] = right / max(draws, 1)
-        formatted = sum(c["count"] for c in judged if c["formatted"]) / max(draws, 1)
-        for group in ("", f"_{row['difficulty']}"):
-            add("problems" + group, 1)
-            add("correct" + group, row["correct"])
-            add("formatted" + group, formatted)
-        add("length", sum(c["count"] * c["tokens"] for c in judged) / max(draws, 1))
-        add("truncated", sum(c["count"] for c in judged if c["truncated"]) / max(draws, 1))
+        draws = max(1, sum(c["count"] for c in judged))
+        share = lambda key: sum(c["count"] * c[key] for c in judged) / draws
+        row["correct"] = share("correct")
+        for group in ("", f" {row['difficulty']}"):
+            add("accuracy" + group, row["correct"])
+            add("format" + group, share("formatted"))
+        add("completion_length", share("tokens"))
+        add("truncated", share("truncated"))
         add("found", any(c["correct"] for c in found))
         if decode == "sample":
+            right = sum(c["count"] for c in judged if c["correct"])
             for k in (2**i for i in range(n.bit_length())):
                 add(f"pass@{k}", pass_at_k(n, right, k))
-    add("model_tokens", model_tokens)
-    names = sorted(sums)
-    totals = dict(
-        zip(names, fsdp.all_sum(torch.tensor([sums[name] for name in names], dtype=torch.float64), ranks).tolist())
-    )
-    total = totals["problems"]
-    levels = [name.removeprefix("problems_") for name in names if name.startswith("problems_")]
+    means = {name: sum(column) / len(column) for name, column in sorted(columns.items())}
+    levels = lambda name: {key.removeprefix(name + " "): x for key, x in means.items() if key.startswith(name + " ")}
     result = {
-        "accuracy": totals["correct"] / total,
-        "format": totals["formatted"] / total,
-        "accuracy_by_difficulty": {level: totals[f"correct_{level}"] / totals[f"problems_{level}"] for level in levels},
-        "format_by_difficulty": {level: totals[f"formatted_{level}"] / totals[f"problems_{level}"] for level in levels},
-        "completion_length": totals["length"] / total,
-        "truncated": totals["truncated"] / total,
-        "model_tokens": int(totals["model_tokens"]),
-        "tokens_per_second": totals["model_tokens"] / (time.perf_counter() - start),
+        "accuracy": means["accuracy"],
+        "format": means["format"],
+        "accuracy_by_difficulty": levels("accuracy"),
+        "format_by_difficulty": levels("format"),
+        "completion_length": means["completion_length"],
+        "truncated": means["truncated"],
+        "model_tokens": model_tokens,
+        "tokens_per_second": model_tokens / (time.perf_counter() - start),
     }
-    result |= {name: totals[name] / total for name in names if name.startswith("pass@")}
+    result |= {name: x for name, x in means.items() if name.startswith("pass@")}
     if decode == "astar":
-        result["found"] = totals["found"] / total
+        result["found"] = means["found"]
     return result, rows
 
 
@@ -205,7 +196,8 @@ class OneSentence(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
     def error(self, message):
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts several of us with the same flags
+            print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -244,7 +236,7 @@ def main(argv=None):
             problems = data.read_problems(args.eval_file, args.prefill)[: args.problems]
         else:
             problems = data.eval_problems(args.problems, args.digits, args.prompt, args.prefill)
-        ranks = fsdp.start(device=args.device)
+        ranks = fsdp.start("WORLD_SIZE" in os.environ, args.device)
         model, tokenizer = policy.load_policy(args.model, device=ranks.device)
         astar_search.check_model(model)
         policy.check_context(model, max(map(len, encode(tokenizer, problems))), args.max_new_tokens)
@@ -257,6 +249,9 @@ def main(argv=None):
         model, tokenizer, problems, reward_module.Reward(), ranks, decode=args.decode, n=args.n, tau=args.tau, width=args.width,
         max_new_tokens=args.max_new_tokens, max_nodes=args.max_nodes, value=value, seed=args.seed,
     )  # fmt: skip
+    fsdp.stop(ranks)
+    if not ranks.is_main:
+        return
     print(f"{args.model}, {len(problems)} problems, {args.decode}")
     print(report(result))
     for row in rows[: args.show]:
@@ -266,7 +261,6 @@ def main(argv=None):
         print(f"\n{row['prompt']}{best['text']}\n  {'right' if best['correct'] else 'wrong'}: {row['truth']}")
     # What the file is for, asserted: the figure is a count over the rows.
     assert abs(result["accuracy"] - sum(row["correct"] for row in rows) / len(rows)) < 1e-9
-    fsdp.stop(ranks)
 
 
 if __name__ == "__main__":

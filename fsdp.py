@@ -1,28 +1,50 @@
 """fsdp.py -- one process or many: the same names for both.
 
-The training loop never asks how many ranks there are.  It takes its share of the problems, adds up what must be added
-up, and gathers the weights for the rollouts; with one process each of these is the identity.
+FSDP ("ZeRO-3", Rajbhandari et al. 2020, arXiv 1910.02054; PyTorch FSDP, Zhao et al. 2023, arXiv 2304.11277): each of W
+ranks keeps 1/W of every weight, gradient and Adam moment.  A block's whole weights are gathered just before it runs and
+dropped after; its gradients are averaged over the ranks and split again.  This file is what the training loop needs of
+it, on PyTorch's `fully_shard` (FSDP2).  With one process each of these functions is the identity, so that the loop
+reads the same for both; it asks for its share of the problems and adds up what must be added up.
 
-This version holds the single-process path.  Sharding over ranks (FSDP2) is refused with a clear sentence until it is
-here for real.
+Two rules keep ranks from waiting for each other for ever:
+  1. Every rank calls every collective equally often.  A rank with nothing left to do still joins (`idle_loss` in train).
+  2. What ranks must agree on (totals, whether to stop, which checkpoint) is told to all by `everyone`, never guessed.
 
-    python fsdp.py          # shows that the single-process path is the identity
+    python fsdp.py                                       # one process: everything is the identity
+    torchrun --standalone --nproc_per_node=3 fsdp.py     # three: a sharded model trains like a whole one
 """
 
 import contextlib
+import functools
+import json
 import os
+import types
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# ============================================================================================== who and how many
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who we are: `rank` of `world_size`, on `device`."""
+    """Who we are: `rank` of `world_size`, on `device`.  mesh: the ranks a model is split over; None: not at all."""
 
     rank: int
     world_size: int
     device: torch.device
+    mesh: DeviceMesh | None = None
 
     @property
     def is_main(self):
@@ -30,62 +52,167 @@ class Ranks:
         return self.rank == 0
 
 
-def start(distributed=False, device="auto"):
-    """Join the other ranks, if there are any.  device: 'auto' (a GPU if there is one), 'cpu', 'cuda', ..."""
-    if distributed or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--distributed: this version trains in one process; start it with python, not torchrun")
+def start(distributed=False, device="auto", sharded=False):
+    """Join the ranks that torchrun started, if it did.
+
+    device: 'auto' (a GPU if there is one), 'cpu', 'cuda', ...  sharded: FSDP also in a single process, for its mixed
+    precision and its offload.  Raises ValueError with one sentence for a launch or a device that cannot be.
+    """
+    launched = "WORLD_SIZE" in os.environ  # torchrun's word to the processes that it starts
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    if distributed and not launched:
+        raise ValueError("--distributed: start with torchrun --standalone --nproc_per_node=RANKS, not with python")
+    if world_size > 1 and not distributed:
+        raise ValueError(f"torchrun started {world_size} ranks: add --distributed")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda" and launched:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
-    return Ranks(0, 1, device)
+    if not (launched or sharded):
+        return Ranks(0, 1, device)
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Weights and gradients travel by NCCL between GPUs; the few numbers of `everyone` by gloo between CPUs.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        alone = {} if launched else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
+    return Ranks(rank, world_size, device, init_device_mesh(device.type, (world_size,)))
 
 
 def stop(ranks):
     """Leave the other ranks."""
+    if ranks.mesh is not None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share(n, ranks):
-    """Which of n things, by global index, are this rank's."""
+    """Which of n things, by global index, are this rank's: every W-th.  Shares differ by one at most; some may be empty."""
     return range(ranks.rank, n, ranks.world_size)
 
 
-def shard(model, ranks):
-    """Split a finished model's parameters over the ranks, block by block."""
-    return model
+# ========================================================================================== what the ranks tell
+
+
+def everyone(said, ranks):
+    """What each rank said, as a list by rank, on every rank.  `said` is anything that JSON can hold."""
+    if ranks.world_size == 1:
+        return [said]
+    own = torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.world_size)]
+    dist.all_gather(lengths, torch.tensor([len(own)]))
+    padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8)
+    padded[: len(own)] = own
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    return [json.loads(text[: int(length)].numpy().tobytes()) for text, length in zip(texts, lengths)]
+
+
+def total(sums, ranks):
+    """Dicts of numbers added up over the ranks, key by key; a rank may lack a key.  Sums are told, means never: a mean
+    of means would weigh a rank with two problems like a rank with one."""
+    told = everyone(sums, ranks)
+    return {name: sum(one.get(name, 0) for one in told) for name in dict.fromkeys(name for one in told for name in one)}
+
+
+def agree(function, ranks):
+    """function() on every rank, and if it raised ValueError or OSError on any, ValueError with that rank's sentence on
+    all of them: so nobody waits for a rank that gave up.  The function must not call a collective."""
+    result, failure = None, ""
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        failure = str(error) or type(error).__name__
+    failures = everyone(failure, ranks)
+    for rank, sentence in enumerate(failures):
+        if sentence:
+            raise ValueError(sentence if all(failures) else f"rank {rank}: {sentence}")
+    return result
+
+
+def lost_peer(error):
+    """True if a RuntimeError is what a collective raises when another rank has gone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("by peer", "gloo", "NCCL"))
+
+
+# ===================================================================================== sharding a finished model
+
+
+def shard(module, ranks, blocks=(), mixed_precision=False, offload=False):
+    """Split a finished module's parameters over the ranks, in place, and move it to the device.
+
+    blocks: parts gathered and dropped one at a time.  What is left is one more group, the root: in a language model the
+    embeddings, the last norm and the output layer, which may share a weight and therefore must not be parted.
+    mixed_precision: computed in bfloat16; the weights kept, the gradients added up and Adam's moments are float32.
+    offload: what a rank keeps lies in the host's memory, and Adam runs there.
+    """
+    if ranks.mesh is None:
+        return module.to(ranks.device)
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = dict(
+        mesh=ranks.mesh,
+        mp_policy=bf16 if mixed_precision else MixedPrecisionPolicy(),
+        offload_policy=CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if offload else OffloadPolicy(),
+    )
+    for block in blocks:
+        fully_shard(block, **options)
+    return fully_shard(module, **options)
+
+
+def through(module, function):
+    """function(module, ...) as a callable of the rest, with FSDP's hooks around it as around module.forward: they gather
+    the root's weights before and send its gradients after.  Without FSDP it is just the function."""
+    if isinstance(module, FSDPModule):
+        module.through = types.MethodType(function, module)
+        register_fsdp_forward_method(module, "through")
+        return module.through
+    return functools.partial(function, module)
 
 
 @contextlib.contextmanager
-def gathered(model, ranks):
-    """Whole parameters on every rank for the rollouts, so that ranks may run different numbers of forwards."""
-    yield
+def gathered(*modules):
+    """Whole weights on every rank, for the rollouts: inside, ranks may run different numbers of forwards, and none too."""
+    groups = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in groups:
+        # The first forward decides which module is the root, and inside here a block may be the first to run.
+        part._get_fsdp_state()._lazy_init()
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in groups:
+            part.reshard()
+            part.set_reshard_after_forward(part not in modules, recurse=False)  # a root stays whole until its backward
 
 
-def all_sum(tensor, ranks):
-    """The sum of a tensor over the ranks."""
-    return tensor
+# =============================================================================================== whole tensors
 
 
-def full_state(module, ranks):
-    """The whole state dict on the CPU, whatever it is sharded over."""
-    return {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+def whole(tensor):
+    """A tensor put together from all ranks' parts.  A collective: every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def main():
-    ranks = start()
-    model = shard(torch.nn.Linear(3, 3), ranks)
-    print(f"rank {ranks.rank} of {ranks.world_size} on {ranks.device}")
-    print("its share of 5 problems:", list(share(5, ranks)))
-    with gathered(model, ranks):
-        model(torch.zeros(1, 3, device="cpu"))
-    assert list(share(5, ranks)) == [0, 1, 2, 3, 4]
-    assert all_sum(torch.tensor(3.0), ranks) == 3
-    assert all(torch.equal(full_state(model, ranks)[name], value) for name, value in model.state_dict().items())
-    print("one process: the share is everything, the sum is the summand, the state is whole: ok")
-    stop(ranks)
+def placed(tensor, like):
+    """A whole tensor, split and placed as `like` is.  Each rank cuts its own part: nothing is sent."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
 
 
-if __name__ == "__main__":
-    main()
+def full_state(tensors, ranks):
+    """Named tensors -> the same names with whole tensors on the CPU, on the main rank; {} on the others, which help to
+    put them together one by one, so that no rank ever holds more than the main one must."""
+    state = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if ranks.is_main:
+            state[name] = tensor.cpu().contiguous()
+    return state

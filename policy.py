@@ -165,6 +165,8 @@ def score(model, tokens, mask, max_logits=1 << 24):
 def normalise_weights(weight, problem):
     """Leaf weights (B,) that sum to one within each problem: the self-normalised estimate, consistent though no longer
     unbiased, in which every problem counts alike.  problem (B,) integers."""
+    if len(weight) == 0:
+        return weight
     total = torch.zeros(int(problem.max()) + 1, dtype=weight.dtype).index_add_(0, problem, weight)
     return weight / total[problem]
 
@@ -175,13 +177,19 @@ def weighted_mean_std(x, weight):
     return mean, (((x - mean) ** 2 * weight).sum() / weight.sum()).sqrt()
 
 
-def explained_variance(values, returns, weight):
-    """1 - Var(return - V)/Var(return): 1 is a perfect critic, 0 one that knows no more than the mean.  Tensors of one
-    shape; None where all returns are the same."""
-    variance = weighted_mean_std(returns, weight)[1] ** 2
-    if not variance > 1e-12:
-        return None
-    return 1.0 - (weighted_mean_std(returns - values, weight)[1] ** 2 / variance).item()
+def moments(values, returns, weight):
+    """Sums for explained_variance, to be added up over ranks; tensors of one shape -> dict of numbers."""
+    w, r, e = weight.double(), returns.double(), (returns - values).double()
+    sums = {"w": w, "r": w * r, "rr": w * r * r, "e": w * e, "ee": w * e * e}
+    return {name: x.sum().item() for name, x in sums.items()}
+
+
+def explained_variance(sums):
+    """1 - Var(return - V)/Var(return) from `moments`: 1 is a perfect critic, 0 one that knows no more than the mean.
+    None where all returns are the same."""
+    w = sums["w"] or 1.0
+    variance = lambda x: sums[x + x] / w - (sums[x] / w) ** 2  # E x^2 - (E x)^2
+    return 1.0 - variance("e") / variance("r") if variance("r") > 1e-12 else None
 
 
 # ======================================================================================================== losses

@@ -4,7 +4,8 @@
 
     python train.py                                   # the tiny base on a CPU (or GPU), no download
     python train.py --rollout sample                  # the same with i.i.d. sampling: the baseline
-    python train.py --config training                 # Qwen2.5-3B
+    torchrun --standalone --nproc_per_node=4 train.py --config training --distributed      # Qwen2.5-3B on four GPUs
+    python train.py --config training --dry-run --gpu-memory 80                            # would it fit?
     python train.py --resume auto                     # go on after a stop
     python train.py --eval-only --checkpoint runs/local/checkpoint_iter_90
 
@@ -14,6 +15,7 @@ The loop is `main()`, one phase after the other.  Above it are the flags and the
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -28,6 +30,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -96,10 +99,12 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     freeze_blocks: int = flag(0, "keep the embeddings and the first n blocks as they are", low=0)
     gradient_checkpointing: str = flag("off", "recompute activations in the backward pass", choices=("on", "off"))
+    mixed_precision: str = flag("off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16"))
     # the run
     seed: int = flag(0, "of problems, noise and order; the same seed gives the same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
+    cpu_offload: bool = flag(False, "keep weights, gradients and moments in the host's memory")
     output_dir: str = flag("runs/local", "where everything is written")
     eval_every: int = flag(10, "iterations between evaluations; there is one before the first and at the end", low=1)
     eval_problems: int = flag(500, "held-out problems of an evaluation", low=1)
@@ -116,12 +121,12 @@ PRESETS = {
     "training": dict(
         model="Qwen/Qwen2.5-3B", prompt="tinyzero", digits="2-3", output_dir="runs/training", max_new_tokens=1024,
         max_nodes=16384, iterations=200, learning_rate=1e-6, value_learning_rate=1e-4, warmup=10, micro_batch=4,
-        gradient_checkpointing="on", problems_per_iteration=128, rollout_batch=32, cover=0.9,
+        gradient_checkpointing="on", mixed_precision="bf16", problems_per_iteration=128, rollout_batch=32, cover=0.9,
     ),
 }  # fmt: skip
 # May differ between a run and its continuation.  More iterations stretch the cosine of the learning rate.
 FREE_ON_RESUME = set(
-    "iterations device distributed output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
+    "iterations device distributed cpu_offload output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
     "micro_batch model rollout_batch".split()
 )
 
@@ -197,14 +202,15 @@ RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
 
 
 def checkpoints(folder):
-    """Complete checkpoint folders, oldest first: a folder gets its name only when everything is in it."""
+    """Checkpoint folders, oldest first.  A folder has this name only from when everything is in it until it goes."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [name for name in names if name.startswith("checkpoint_iter_") and name.rpartition("_")[2].isdigit()]
     return [os.path.join(folder, name) for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
 
 
 def inspect_output(config):
-    """The checkpoint to resume from, or None; raises ValueError if the output folder cannot be used.  Changes nothing."""
+    """The checkpoints that the run may go on from, newest first; [] for a new run.  Raises ValueError if the output
+    folder cannot be used.  Changes nothing."""
     folder = config.output_dir
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
@@ -221,20 +227,47 @@ def inspect_output(config):
         own = os.path.dirname(os.path.abspath(config.resume)) == os.path.abspath(folder)
         if (held or found) and not own:
             raise ValueError(f"--output-dir {folder} holds another run: give --resume DIR another --output-dir")
-        return config.resume
-    if config.resume == "auto" and found:
-        return found[-1]
-    if (held or found) and not (config.overwrite or config.resume):
+        return [config.resume]
+    if config.resume == "auto":
+        return found[::-1]
+    if (held or found) and not config.overwrite:
         raise ValueError(
             f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir"
         )
-    return None
+    return []
 
 
-def open_output(config, iteration):
-    """Make the output folder ready to go on after `iteration`: a new run starts empty, a resumed one is cut back."""
+def find_start(config, args):
+    """Where the run begins: (checkpoint folder or "", its trainer state).  A damaged checkpoint is passed over for the
+    one before it, and that is said.  Changes nothing."""
+    if args.eval_only:
+        return args.checkpoint, read_state(args.checkpoint)
+    candidates = inspect_output(config)
+    for folder, older in zip(candidates, candidates[1:] + [None]):
+        try:
+            state = read_state(folder)
+        except ValueError as error:
+            if older is None:
+                raise
+            print(f"train.py: {error}; going back to {older}", file=sys.stderr)
+            continue
+        check_same_run(config, state["config"], folder)
+        return folder, state
+    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0}
+
+
+def open_output(config, source, iteration):
+    """Make the output folder ready to go on from `source`, after `iteration`: a new run starts empty, a resumed one is
+    cut back.  Returns the lock that keeps other runs out, a file handle; the system drops it however this process ends."""
     folder = config.output_dir
     os.makedirs(folder, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError("another run is writing there: wait for it or give another folder") from None
+    if source not in (inspect_output(config) or [""]):
+        raise ValueError("another run has just written there: start again")
     for name in ("metrics.jsonl", "samples.jsonl"):
         path = os.path.join(folder, name)
         if iteration > 0:
@@ -243,108 +276,31 @@ def open_output(config, iteration):
             os.remove(path)
     for path in checkpoints(folder):  # of a run that went further: they would be taken for this one's
         if int(path.rpartition("_")[2]) > iteration:
-            shutil.rmtree(path)
-    with open(os.path.join(folder, "config.json"), "w") as file:
-        json.dump(dataclasses.asdict(config), file, indent=1)
+            discard(path)
+    for name in os.listdir(folder):  # what a killed run was just writing or removing
+        if name.startswith(".checkpoint_iter_"):
+            shutil.rmtree(os.path.join(folder, name))
+    for old in checkpoints(folder)[: -config.keep_checkpoints]:
+        discard(old)
+    write(os.path.join(folder, "config.json"), json.dumps(dataclasses.asdict(config), indent=1))
+    return lock
 
 
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def write(path, text):
+    """A whole file or none: written aside, synced, renamed."""
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
 
 
-def sync(path):
-    """Make a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress):
-    """OUTPUT/checkpoint_iter_N: a Hugging Face folder plus value.safetensors, optimizer.safetensors, trainer_state.json.
-    Written under another name, synced, then renamed: whoever sees the name sees a whole checkpoint."""
-    final = os.path.join(config.output_dir, f"checkpoint_iter_{iteration}")
-    aside = os.path.join(config.output_dir, f".checkpoint_iter_{iteration}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    save_file(
-        {name: value.contiguous() for name, value in head.state_dict().items()},
-        os.path.join(aside, "value.safetensors"),
-    )
-    # By parameter name, not by number: the states outlive a change in the order of parameters.
-    moments = {}
-    for optimizer, module in zip(optimizers, (model, head)):
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        kind = "policy" if module is model else "value"
-        for parameter, state in optimizer.state.items():
-            for key, tensor in state.items():
-                moments[f"{kind}.{names[parameter]}.{key}"] = tensor.contiguous()
-    save_file(moments, os.path.join(aside, "optimizer.safetensors"))
-    files = {name: digest(os.path.join(aside, name)) for name in sorted(os.listdir(aside))}
-    state = {"iteration": iteration, **progress, "files": files, "config": dataclasses.asdict(config)}
-    with open(os.path.join(aside, "trainer_state.json"), "w") as file:
-        json.dump(state, file, indent=1)
-    for name in os.listdir(aside):
-        sync(os.path.join(aside, name))
-    sync(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(aside, final)
-    sync(config.output_dir)
-    for old in checkpoints(config.output_dir)[: -config.keep_checkpoints]:
-        shutil.rmtree(old)
-    return final
-
-
-def read_state(folder):
-    """trainer_state.json of a checkpoint after checking that every file it names is there and whole."""
-    path = os.path.join(folder, "trainer_state.json")
-    if not os.path.isfile(path):
-        raise ValueError(f"{folder} is not a complete checkpoint: trainer_state.json is missing")
-    try:
-        with open(path) as file:
-            state = json.load(file)
-        files = dict(state["files"])
-        dict(state["config"]), state["iteration"] + state["model_tokens"] + state["seconds"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
-    for name, expected in files.items():
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing")
-        if digest(path) != expected:
-            raise ValueError(f"{folder}: {name} is damaged (its checksum is not the one written)")
-    return state
-
-
-def restore(folder, model, head, optimizers):
-    """Weights of the value head and both optimisers' states; the model itself was loaded from the folder."""
-    try:
-        head.load_state_dict(load_file(os.path.join(folder, "value.safetensors")))
-    except RuntimeError:
-        raise ValueError(f"{folder}: its value head is of another model size") from None
-    moments = load_file(os.path.join(folder, "optimizer.safetensors"))
-    for optimizer, module, kind in zip(optimizers, (model, head), ("policy", "value")):
-        for name, parameter in module.named_parameters():
-            prefix = f"{kind}.{name}."
-            state = {key[len(prefix) :]: tensor for key, tensor in moments.items() if key.startswith(prefix)}
-            if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
-            if state:
-                optimizer.state[parameter] = {
-                    key: t if key == "step" else t.to(parameter.device) for key, t in state.items()
-                }
-
-
-def check_same_run(config, saved, folder):
-    """Raise ValueError if a flag that shapes the run is not the one the checkpoint was made with."""
-    for name, x in saved.items():
-        free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
-        if not free and getattr(config, name, x) != x:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} differs from the {x} that {folder} was trained with"
-            )
+def append(path, rows):
+    """Lines of JSON at the end of a file, on the disk when this returns."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cut_back(path, iteration):
@@ -357,30 +313,182 @@ def cut_back(path, iteration):
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: a line of it is not a JSON object with an iteration") from None
-    with open(path + ".tmp", "w") as file:
-        file.writelines(kept)
-    os.replace(path + ".tmp", path)
+    write(path, "".join(kept))
 
 
-def append(path, row):
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+def discard(folder):
+    """Remove a checkpoint.  It loses its name first, so that a kill on the way leaves no half of one."""
+    aside = os.path.join(os.path.dirname(folder), "." + os.path.basename(folder))
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
 
 
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C waits until the block is through: an update happens whole or not at all."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda signum, frame: pressed.append(True))
+def sync(path):
+    """Make a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def fingerprint(path):
+    """Size and checksum of a file, for the manifest."""
+    with open(path, "rb") as file:
+        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress, ranks):
+    """OUTPUT/checkpoint_iter_N: a Hugging Face folder plus value.safetensors, optimizer.safetensors, trainer_state.json.
+    Written aside, synced, renamed: whoever sees the name sees a whole checkpoint.  All ranks help to put the tensors
+    together; the main one writes.  Raises OSError, and leaves nothing behind, if it cannot be written."""
+    final = os.path.join(config.output_dir, f"checkpoint_iter_{iteration}")
+    aside = os.path.join(config.output_dir, f".checkpoint_iter_{iteration}")
+    weights, head_weights = (fsdp.full_state(dict(module.named_parameters()), ranks) for module in (model, head))
+    # By parameter name, not by number or rank: the moments outlive a change in the number of ranks.
+    moments = {}
+    for optimizer, module, kind in zip(optimizers, (model, head), ("policy", "value")):
+        for name, parameter in module.named_parameters():
+            for key, tensor in optimizer.state.get(parameter, {}).items():
+                moments[f"{kind}.{name}.{key}"] = tensor
+    moments = fsdp.full_state(moments, ranks)
+    if not ranks.is_main:
+        return final
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+        os.makedirs(aside)
+        model.save_pretrained(aside, state_dict=weights)
+        tokenizer.save_pretrained(aside)
+        save_file(head_weights, os.path.join(aside, "value.safetensors"))
+        save_file(moments, os.path.join(aside, "optimizer.safetensors"))
+        names = sorted(os.listdir(aside))
+        manifest = {name: fingerprint(os.path.join(aside, name)) for name in names}
+        state = {"iteration": iteration, **progress, "files": manifest, "config": dataclasses.asdict(config)}
+        write(os.path.join(aside, "trainer_state.json"), json.dumps(state, indent=1))
+        for path in (*(os.path.join(aside, name) for name in names), aside):
+            sync(path)
+        os.rename(aside, final)
+        sync(config.output_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{final} cannot be written ({error})") from None
+    for old in checkpoints(config.output_dir)[: -config.keep_checkpoints]:
+        discard(old)
+    return final
+
+
+def read_state(folder):
+    """trainer_state.json of a checkpoint after checking that every file it names is there and whole."""
+    path = os.path.join(folder, "trainer_state.json")
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} is not a complete checkpoint: trainer_state.json is missing")
+    try:
+        with open(path) as file:
+            state = json.load(file)
+        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in state["files"].items()}
+        dict(state["config"]), state["iteration"] + state["model_tokens"] + state["seconds"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
+    for name, (size, checksum) in files.items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing")
+        if os.path.getsize(path) != size:
+            raise ValueError(f"{folder}: {name} is damaged ({os.path.getsize(path)} bytes, not {size})")
+        if fingerprint(path)["sha256"] != checksum:
+            raise ValueError(f"{folder}: {name} is damaged (its checksum is not the one written)")
+    return state
+
+
+def restore(folder, model, head, optimizers):
+    """Both optimisers' states by parameter name; the model and the head were loaded from the folder before."""
+    with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as moments:  # one tensor at a time
+        for optimizer, module, kind in zip(optimizers, (model, head), ("policy", "value")):
+            parameters = dict(module.named_parameters())
+            for full_name in (name for name in moments.keys() if name.startswith(kind + ".")):
+                name, _, key = full_name.removeprefix(kind + ".").rpartition(".")
+                tensor, parameter = moments.get_tensor(full_name), parameters.get(name)
+                if parameter is None or (key != "step" and tensor.shape != parameter.shape):
+                    raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
+                placed = tensor if key == "step" else fsdp.placed(tensor, parameter)
+                optimizer.state[parameter][key] = placed
+
+
+def check_same_run(config, saved, folder):
+    """Raise ValueError if a flag that shapes the run is not the one the checkpoint was made with."""
+    for name, x in saved.items():
+        free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
+        if not free and getattr(config, name, x) != x:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} differs from the {x} that {folder} was trained with"
+            )
+
+
+class Signals:
+    """Signals that end the run, held until the loop asks: an iteration happens whole or not at all.
+
+    SIGTERM, a preempting scheduler's, waits for the end of the iteration.  Ctrl-C waits only within `update`, unless
+    other ranks would be left waiting: then to the end of the iteration too.
+    """
+
+    def __init__(self, ranks):
+        self.received, self.ranks = [], ranks
+        held = (signal.SIGTERM,) if ranks.world_size == 1 else (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._hold) for number in held}
+
+    def _hold(self, number, frame):
+        self.received.append(number)
+
+    @contextlib.contextmanager
+    def update(self):
+        before = signal.signal(signal.SIGINT, self._hold)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.ranks.world_size == 1 and signal.SIGINT in self.received:
+            raise KeyboardInterrupt
+
+    def any_rank(self):
+        """The first signal that any rank has received, or None.  A collective."""
+        told = fsdp.everyone([int(number) for number in self.received], self.ranks)
+        return next((number for numbers in told for number in numbers), None)
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # ================================================================================================ the phases
+
+
+def load_everything(config, source, ranks):
+    """What a run needs besides the optimisers: (model, tokenizer, value head, base model for apo or None, problems of
+    --train-file or None, evaluation problems).  Raises ValueError with the first thing that is wrong."""
+    train_file = data.read_problems(config.train_file) if config.train_file else None
+    if config.eval_file:
+        eval_set = data.read_problems(config.eval_file)[: config.eval_problems]
+    else:
+        eval_set = data.eval_problems(config.eval_problems, config.digits, config.prompt)
+    # A model to be sharded is loaded on the CPU; each block moves to the device when it is split.
+    device = ranks.device if ranks.mesh is None else "cpu"
+    model, tokenizer = policy.load_policy(
+        source or config.model, torch.float32, device, config.gradient_checkpointing == "on", config.freeze_blocks
+    )
+    astar_search.check_model(model)
+    examples = train_file or [data.train_problem(config.seed, 0, i, config.digits, config.prompt) for i in range(64)]
+    longest = max(map(len, evaluation.encode(tokenizer, examples + eval_set)))
+    policy.check_context(model, longest, config.max_new_tokens)
+    check_possible(config, model.get_output_embeddings().weight.shape[0])
+    torch.manual_seed(config.seed)  # the first layer of the value head; nothing else is drawn from torch
+    head = value_module.ValueHead(model.config.get_text_config().hidden_size)
+    if source:
+        try:
+            head.load_state_dict(load_file(os.path.join(source, "value.safetensors")))
+        except RuntimeError:
+            raise ValueError(f"{source}: its value head is of another model size") from None
+    base = None
+    if config.loss == "apo":  # pi_ref: the base as it was before any training
+        base = policy.load_policy(config.model, torch.float32, device)[0].requires_grad_(False)
+    return model, tokenizer, head, base, train_file, eval_set
 
 
 def draw_problems(config, iteration, ranks, from_file):
@@ -402,7 +510,7 @@ def make_rollouts(model, tokenizer, problems, keys, config, value, kind, K):
         max_nodes=config.max_nodes, max_open=config.max_open, cover=cover,
     )  # fmt: skip
     parts = []
-    for start in range(0, len(problems), config.rollout_batch):
+    for start in range(0, max(1, len(problems)), config.rollout_batch):  # a rank may have no problems: no rollouts then
         chunk = slice(start, start + config.rollout_batch)
         expander = astar_search.Expander(
             model, evaluation.encode(tokenizer, problems[chunk]), config.max_new_tokens, value
@@ -430,21 +538,43 @@ def learning_rate_scale(config, iteration):
     return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def minibatches_of(rollouts, config, iteration, epoch):
-    """Rows of each minibatch: the problems in an order fixed by (seed, iteration, epoch), dealt into equal parts."""
-    order = sorted(set(rollouts.problem.tolist()))
+def minibatches_of(rollouts, indices, config, iteration, epoch):
+    """This rank's micro-batches of each minibatch: [[rows, ...], ...].
+
+    Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration, epoch): a minibatch is
+    the same on any number of ranks, and a rank's part of it may be empty.  Micro-batches go by length, so that little
+    is padding; their order changes nothing.
+    """
+    N = config.problems_per_iteration
+    order = list(range(N))
     random.Random(f"order {config.seed} {iteration} {epoch}").shuffle(order)
-    part_of = {p: i * config.minibatches // len(order) for i, p in enumerate(order)}
-    parts = torch.tensor([part_of[p] for p in rollouts.problem.tolist()])
-    return [torch.nonzero(parts == part).squeeze(1) for part in parts.unique()]
+    part_of = {p: i * config.minibatches // N for i, p in enumerate(order)}
+    parts = torch.tensor([part_of[indices[row]] for row in rollouts.problem.tolist()], dtype=torch.int64)
+    dealt = []
+    for minibatch in range(config.minibatches):
+        rows = torch.nonzero(parts == minibatch).squeeze(1)
+        rows = rows[rollouts.length[rows].argsort(stable=True)]
+        dealt.append(list(rows.split(config.micro_batch)) if len(rows) else [])
+    return dealt
 
 
-def losses(model, head, part, config, token_total, leaf_total):
+@torch.no_grad()
+def score_all(model, rollouts, micro_batches, device):
+    """log pi (B, T-1) of rollouts under a model by the forward that training uses, in these micro-batches."""
+    logprobs = torch.zeros_like(rollouts.logprobs)
+    for rows in micro_batches:
+        part = rollouts.select(rows, device)
+        logp, _, _ = policy.score(model, part.tokens, part.mask)
+        logprobs[rows, : logp.shape[1]] = logp.cpu()
+    return logprobs
+
+
+def losses(score, head, part, config, token_total, leaf_total):
     """Policy and value loss of one micro-batch of rollouts, on its device: (loss, metrics), both sums over the
-    micro-batch divided by totals of the whole minibatch, so that micro-batches (and ranks) add up."""
+    micro-batch divided by totals of the whole minibatch, so that micro-batches and ranks add up."""
     mask, extra = part.mask, part.extra
     token_weights = extra["leaf_weight"][:, None] * mask / token_total
-    logp, entropy, hidden = policy.score(model, part.tokens, mask)
+    logp, entropy, hidden = score(part.tokens, mask)
     if config.loss == "apo":
         leaf_weights = extra["leaf_weight"] / leaf_total
         policy_loss, metrics = policy.apo_loss(
@@ -463,12 +593,20 @@ def losses(model, head, part, config, token_total, leaf_total):
     return policy_loss + value_loss, metrics | value_metrics
 
 
-def update(model, head, optimizers, rollouts, config, iteration, ranks):
+def idle_loss(score, head, device):
+    """Zero, by way of every weight: a rank with fewer micro-batches than another still joins the gathering of weights
+    and the adding up of gradients, which wait for all ranks."""
+    logp, _, hidden = score(torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, 1, dtype=torch.bool, device=device))
+    return 0.0 * (logp.sum() + sum(out.sum() for out in head(hidden)))
+
+
+def update(model, score, head, optimizers, rollouts, indices, config, iteration, ranks):
     """Passes of the loss over one batch of rollouts, an optimiser step a minibatch.
 
-    rollouts.extra holds `rewards`, `leaf_weight` (B,), `advantages` (B, T-1), and for apo `optimal_value` (B,),
-    `ref_logprobs` (B, T-1).  Returns metrics, averaged over the steps.  Raises FloatingPointError at a NaN, before
-    the step that would spread it.
+    score(tokens, mask): policy.score of the model, through FSDP's hooks.  indices: global numbers of this rank's
+    problems.  rollouts.extra holds `rewards`, `leaf_weight` (B,), `advantages` (B, T-1), and for apo `optimal_value`
+    (B,), `ref_logprobs` (B, T-1).  Returns metrics, averaged over the steps, the same on all ranks.  Raises
+    FloatingPointError at a NaN, before the step that would spread it.
     """
     for optimizer, rate in zip(optimizers, (config.learning_rate, config.value_learning_rate)):
         for group in optimizer.param_groups:
@@ -476,58 +614,98 @@ def update(model, head, optimizers, rollouts, config, iteration, ranks):
     steps = []  # metrics of each optimiser step
     model.train()
     for epoch in range(config.epochs):
-        for rows in minibatches_of(rollouts, config, iteration, epoch):
+        for micro_batches in minibatches_of(rollouts, indices, config, iteration, epoch):
             # What the weights are divided by, counted once, over all ranks, before the first backward.
-            weight = rollouts.extra["leaf_weight"][rows]
-            counts = torch.stack([(weight[:, None] * rollouts.mask[rows]).sum(), weight.sum()])
-            token_total, leaf_total = fsdp.all_sum(counts, ranks).tolist()
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            # Micro-batches by length, so that little is padding; their order changes nothing.
-            rows = rows[rollouts.length[rows].argsort(stable=True)]
+            weight = rollouts.extra["leaf_weight"]
+            counts = {"tokens": 0.0, "leaves": 0.0}
+            if micro_batches:
+                rows = torch.cat(micro_batches)
+                counts["tokens"] = (weight[rows, None] * rollouts.mask[rows]).sum().item()
+                counts["leaves"] = weight[rows].sum().item()
+            counts = fsdp.total(counts, ranks)
+            if counts["tokens"] == 0:
+                continue  # no search of this minibatch found a leaf, on any rank
             sums = {}
-            for micro in rows.split(config.micro_batch):
-                part = rollouts.select(micro, ranks.device)
-                loss, metrics = losses(model, head, part, config, token_total, leaf_total)
-                loss.backward()
+            for i in range(max(fsdp.everyone(len(micro_batches), ranks))):
+                if i < len(micro_batches):
+                    part = rollouts.select(micro_batches[i], ranks.device)
+                    loss, metrics = losses(score, head, part, config, counts["tokens"], counts["leaves"])
+                else:
+                    loss, metrics = idle_loss(score, head, ranks.device), {}
+                # FSDP averages gradients over ranks; these losses are parts of a sum.
+                (loss * ranks.world_size).backward()
                 for name, x in metrics.items():
                     sums[name] = sums.get(name, 0.0) + x
-            totals = fsdp.all_sum(torch.stack(list(sums.values())), ranks).tolist()
-            measured = dict(zip(sums, totals))
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            measured["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).item()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), config.grad_clip)
+            values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
+            measured = fsdp.total(dict(zip(sums, values)), ranks)
+            norms = [
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+                for optimizer in optimizers
+            ]
+            measured["grad_norm"], _ = (fsdp.whole(norm).item() for norm in norms)
             for name, x in measured.items():
                 if not math.isfinite(x):
                     raise FloatingPointError(f"iteration {iteration}: {name} is {x}")
             for optimizer in optimizers:
                 optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             steps.append(measured)
     model.eval()
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return means | {"first_kl": steps[0]["approx_kl"]}  # before any step: pi_theta is still pi_old
 
 
-def summarise(rollouts, texts, verdicts, problems):
-    """What one batch of rollouts says about the policy: means weighted by leaf, hence estimates under pi."""
-    weight, mask, n = rollouts.extra["leaf_weight"], rollouts.mask, len(problems)
-    mean = lambda x: (weight * torch.as_tensor(x, dtype=torch.float32)).sum().item() / n
+def summarise(rollouts, texts, verdicts, problems, ranks):
+    """What one batch of rollouts says about the policy, over all ranks: means weighted by leaf, hence estimates under pi."""
+    weight, mask, stats = rollouts.extra["leaf_weight"], rollouts.mask, rollouts.stats
+    add = lambda x: (weight * torch.as_tensor(x, dtype=torch.float32)).sum().item()
     correct = [verdict["correct"] for verdict in verdicts]
     distinct = {(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}
-    returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
-    return {
-        "reward_mean": mean(rollouts.extra["rewards"]),
-        "rollout_accuracy": mean(correct),
-        "unique_correct": len(distinct) / n,
-        "leaves": len(rollouts) / n,
-        "mass": rollouts.stats["mass"],
-        "truncated": mean(rollouts.truncated),
-        "completion_length": mean(rollouts.length - rollouts.prompt_length),
-        "explained_variance": policy.explained_variance(rollouts.values, returns, weight[:, None] * mask),
-        "forwards": rollouts.stats["forwards"],
-        "stopped": rollouts.stats["stopped"],
-        "pruned": rollouts.stats["pruned"],
+    means = {
+        "reward_mean": add(rollouts.extra["rewards"]),
+        "rollout_accuracy": add(correct),
+        "unique_correct": len(distinct),
+        "leaves": len(rollouts),
+        "mass": stats["mass"] * len(problems),
+        "truncated": add(rollouts.truncated),
+        "completion_length": add(rollouts.length - rollouts.prompt_length),
     }
+    returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
+    moments = policy.moments(rollouts.values, returns, weight[:, None] * mask)
+    counts = {name: stats[name] for name in ("model_tokens", "forwards", "pruned")}
+    n = fsdp.total({"problems": len(problems)}, ranks)["problems"]
+    means = {name: x / n for name, x in fsdp.total(means, ranks).items()}
+    means["explained_variance"] = policy.explained_variance(fsdp.total(moments, ranks))
+    return means | fsdp.total(counts, ranks) | {"stopped": fsdp.total(stats["stopped"], ranks)}
+
+
+def some_samples(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
+    """Rows for samples.jsonl: one leaf of each of a few problems, chosen by (seed, iteration), wherever they are."""
+    chosen = random.Random(f"samples {config.seed} {iteration}").sample(
+        range(config.problems_per_iteration), min(config.samples, config.problems_per_iteration)
+    )
+    rows = {}
+    for p, index in enumerate(indices):
+        own = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
+        if index in chosen and own:
+            i = random.Random(f"leaf {config.seed} {iteration} {index}").choice(own)
+            row = {"iteration": iteration, "prompt": problems[p].prompt, "completion": texts[i], "truth": problems[p].answer}
+            numbers = {"weight": rollouts.extra["leaf_weight"][i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
+            rows[index] = row | verdicts[i] | {name: x.item() for name, x in numbers.items()}
+    told = {int(index): row for part in fsdp.everyone(rows, ranks) for index, row in part.items()}
+    return [told[index] for index in chosen if index in told]
+
+
+def what_failed(error, ranks):
+    """One sentence for an exception that is not a mistake in the code; "" for one that is."""
+    rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes, and see --dry-run"
+    if isinstance(error, (FloatingPointError, LookupError, OSError)) and not isinstance(error, (KeyError, IndexError)):
+        return f"{rank}{error}"
+    if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
+        return f"{rank}another rank has ended, and its own message says why"
+    return ""
 
 
 class Clock:
@@ -553,107 +731,94 @@ def main(argv=None):
     config, args, refuse = parse(argv)
 
     # ------------------------------------------------------------------ set-up: all that can be wrong is said here
+    ranks = None
     try:
-        ranks = fsdp.start(config.distributed, config.device)
-        reward = reward_module.Reward(config.format_bonus, config.length_penalty)
-        train_file = data.read_problems(config.train_file) if config.train_file else None
-        if config.eval_file:
-            eval_set = data.read_problems(config.eval_file)[: config.eval_problems]
-        else:
-            eval_set = data.eval_problems(config.eval_problems, config.digits, config.prompt)
-        source = args.checkpoint if args.eval_only else inspect_output(config)
-        state = read_state(source) if source else {"iteration": 0, "model_tokens": 0, "seconds": 0.0, "config": {}}
-        if source and not args.eval_only:
-            check_same_run(config, state["config"], source)
-        model, tokenizer = policy.load_policy(
-            source or config.model,
-            torch.float32,
-            ranks.device,
-            config.gradient_checkpointing == "on",
-            config.freeze_blocks,
+        bf16 = config.mixed_precision == "bf16"
+        ranks = fsdp.start(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
+        if config.cpu_offload and ranks.device.type == "cpu":
+            raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
+        on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
+        source, state = fsdp.everyone(on_main(lambda: find_start(config, args)), ranks)[0]
+        model, tokenizer, head, base, train_file, eval_set = fsdp.agree(
+            lambda: load_everything(config, source, ranks), ranks
         )
-        astar_search.check_model(model)
-        examples = train_file or [
-            data.train_problem(config.seed, 0, i, config.digits, config.prompt) for i in range(64)
-        ]
-        longest = max(map(len, evaluation.encode(tokenizer, examples + eval_set)))
-        policy.check_context(model, longest, config.max_new_tokens)
-        check_possible(config, model.get_output_embeddings().weight.shape[0])
-        torch.manual_seed(config.seed)  # the first layer of the value head; nothing else is drawn from torch
-        head = value_module.ValueHead(model.config.get_text_config().hidden_size).to(ranks.device)
+        shard = functools.partial(fsdp.shard, ranks=ranks, offload=config.cpu_offload)
+        model, head = shard(model, blocks=policy.blocks_of(model), mixed_precision=bf16), shard(head)
+        base = base and shard(base, blocks=policy.blocks_of(base), mixed_precision=bf16)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizers = [
             torch.optim.AdamW(trainable, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay),
             torch.optim.AdamW(head.parameters(), lr=config.value_learning_rate, weight_decay=config.weight_decay),
         ]
         if source:
-            restore(source, model, head, optimizers)
-        base = None
-        if config.loss == "apo" and not args.eval_only:  # pi_ref: the base as it was before any training
-            base = policy.load_policy(config.model, torch.float32, ranks.device)[0].requires_grad_(False)
+            fsdp.agree(lambda: restore(source, model, head, optimizers), ranks)
     except (ValueError, OSError) as error:
-        refuse(str(error))
-    model, head = fsdp.shard(model, ranks), fsdp.shard(head, ranks)
+        refuse(str(error)) if ranks is None or ranks.is_main else sys.exit(2)
+    reward = reward_module.Reward(config.format_bonus, config.length_penalty)
+    score = fsdp.through(model, policy.score)
     value = evaluation.guide(head, reward.bounds, config.beta, config.guide == "head")
 
-    evaluate = functools.partial(
-        evaluation.evaluate, model, tokenizer, eval_set, reward, ranks, decode=config.eval_decode, value=value,
-        n=config.rollouts_per_problem, max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes,
-    )  # fmt: skip
+    def evaluate():
+        with fsdp.gathered(model, head):
+            return evaluation.evaluate(
+                model, tokenizer, eval_set, reward, ranks, decode=config.eval_decode, value=value, n=config.rollouts_per_problem,
+                max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes,
+            )[0]  # fmt: skip
+
+    say = print if ranks.is_main else lambda *words, **where: None
     if args.eval_only:
-        print(evaluation.report(evaluate()[0]))
-        return
+        say(evaluation.report(evaluate()))
+        return fsdp.stop(ranks)
 
     # ------------------------------------------------------------------------------------------------ first words
     try:
-        open_output(config, state["iteration"])
+        lock = on_main(lambda: open_output(config, source, state["iteration"]))
     except (ValueError, OSError) as error:
-        refuse(f"--output-dir {config.output_dir}: {error}")
+        refuse(f"--output-dir {config.output_dir}: {error}") if ranks.is_main else sys.exit(2)
     metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
+    log = append if ranks.is_main else lambda path, rows: None
     clock, iteration, model_tokens, evaluated = Clock(state["seconds"]), state["iteration"], state["model_tokens"], {}
     size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
-    print(f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}")
-    print(f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}")
-    print(f"on {ranks.device}, {torch.get_num_threads()} threads; {len(eval_set)} held-out problems; writing to {config.output_dir}")
+    say(f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}")
+    say(f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}")
+    say(f"on {ranks.device}, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} of {torch.get_num_threads()} threads; "
+        f"{len(eval_set)} held-out problems; writing to {config.output_dir}")  # fmt: skip
 
     def evaluate_into(row):
         with clock.phase("evaluation"):
-            result, _ = evaluate()
+            result = evaluate()
         evaluated[row["iteration"]] = result["accuracy"]
         row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
         row |= {"eval_length": result["completion_length"], "seconds": clock.seconds()}
 
-    keep = lambda: save_checkpoint(
-        config, iteration, model, tokenizer, head, optimizers, {"model_tokens": model_tokens, "seconds": clock.seconds()}
-    )
-    bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None)  # quiet without a terminal
-    saved = source
+    def keep():
+        with clock.phase("checkpoint"):
+            progress = {"model_tokens": model_tokens, "seconds": clock.seconds()}
+            return save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress, ranks)
+
+    bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None if ranks.is_main else True)
+    saved, stopped, failure, signals = source, None, "", Signals(ranks)
     try:
         if source:
-            print(f"resumed from {source}, after iteration {iteration}")
+            say(f"resumed from {source}, after iteration {iteration}")
         else:
             if config.resume:
-                print(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
+                say(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
             row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
             evaluate_into(row)
-            append(metrics_path, row)
-            print(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
+            log(metrics_path, [row])
+            say(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
 
-        while iteration < config.iterations:
+        stopped = signals.any_rank()
+        while iteration < config.iterations and not stopped:
             n = iteration + 1
 
             # ------------------------------------------------------------------ 1. rollouts: A* search, or sampling
             problems, indices = draw_problems(config, n, ranks, train_file)
             keys = astar_search.root_keys(config.seed, n, indices)
-            with clock.phase("rollouts"), fsdp.gathered(model, ranks):
-                search_for = functools.partial(make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config)
+            search_for = functools.partial(make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config)
+            with clock.phase("rollouts"), fsdp.gathered(model, head):
                 rollouts = search_for(model, value=value, kind=config.rollout, K=config.rollouts_per_problem)
-                spent = rollouts.stats["model_tokens"]
-                if base is not None:  # apo: V*(x) from samples of the base; their tokens count
-                    reference = search_for(base, value=None, kind="sample", K=config.apo_samples)
-                    spent += reference.stats["model_tokens"]
-            if len(rollouts) == 0:
-                raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
 
             # ------------------------------------------------------------------------------------------ 2. rewards
             texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
@@ -668,31 +833,35 @@ def main(argv=None):
             else:
                 advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
             rollouts.extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}
-            if base is not None:
+            learned = summarise(rollouts, texts, verdicts, problems, ranks)
+            if learned["leaves"] == 0:
+                raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
+            spent = learned.pop("model_tokens")
+            batches = [rows for minibatch in minibatches_of(rollouts, indices, config, n, 0) for rows in minibatch]
+            if base is not None:  # apo: V*(x) from samples of the base; their tokens count
+                with clock.phase("rollouts"), fsdp.gathered(base):
+                    reference = search_for(base, value=None, kind="sample", K=config.apo_samples)
+                    ref_logprobs = score_all(base, rollouts, batches, ranks.device)
+                spent += fsdp.total({"tokens": reference.stats["model_tokens"]}, ranks)["tokens"]
                 optimal = reference_values(reference, tokenizer, problems, reward, config)
-                with torch.no_grad():
-                    ref_logprobs = policy.score(base, rollouts.tokens.to(ranks.device), mask.to(ranks.device))[0].cpu()
                 rollouts.extra |= {"optimal_value": optimal[rollouts.problem], "ref_logprobs": ref_logprobs}
+            if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
+                with clock.phase("update"), fsdp.gathered(model):
+                    rollouts.logprobs = score_all(model, rollouts, batches, ranks.device)
 
-            with uninterrupted():
+            with signals.update():
                 # ----------------------------------------------------------------------------------- 4. the update
                 with clock.phase("update"):
-                    learned = update(model, head, optimizers, rollouts, config, n, ranks)
+                    learned |= update(model, score, head, optimizers, rollouts, indices, config, n, ranks)
                 iteration, model_tokens = n, model_tokens + spent
 
                 # -------------------------------------------------------------------------------------- 5. the log
-                row = {"iteration": n, "seconds": clock.seconds(), "model_tokens": model_tokens}
-                row |= summarise(rollouts, texts, verdicts, problems) | learned
+                row = {"iteration": n, "seconds": clock.seconds(), "model_tokens": model_tokens} | learned
                 row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
                 if n % config.eval_every == 0 or n == config.iterations:
                     evaluate_into(row)
-                append(metrics_path, row)
-                some = random.Random(f"samples {config.seed} {n}").sample(range(len(rollouts)), len(rollouts))
-                for i in some[: config.samples]:
-                    problem = problems[rollouts.problem[i]]
-                    sample = {"iteration": n, "prompt": problem.prompt, "completion": texts[i], "truth": problem.answer}
-                    numbers = {"weight": leaf_weight[i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
-                    append(samples_path, sample | verdicts[i] | {name: x.item() for name, x in numbers.items()})
+                log(metrics_path, [row])
+                log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
                 line = f"{n:4d}/{config.iterations}" + "".join(
                     f"  {word} {row[name]:{form}}"
                     for word, name, form in (
@@ -701,34 +870,47 @@ def main(argv=None):
                         ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
                     )
                 )  # fmt: skip
-                tqdm.write(line + (f"  | eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
-                sys.stdout.flush()
+                if ranks.is_main:
+                    tqdm.write(line + (f"  | eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
+                    sys.stdout.flush()
                 bar.update()
 
                 # --------------------------------------------------------------------------------- 6. the checkpoint
-                if n % config.checkpoint_every == 0 or n == config.iterations:
-                    with clock.phase("checkpoint"):
-                        saved = keep()
-    except KeyboardInterrupt:
+                stopped = signals.any_rank()
+                if n % config.checkpoint_every == 0 or n == config.iterations or stopped:
+                    saved = keep()
+    except KeyboardInterrupt:  # one process: the iteration that it broke into is dropped
+        stopped = signal.SIGINT
+    except Exception as error:
+        failure = what_failed(error, ranks)
+        if not failure:
+            raise  # a mistake of ours: its traceback is wanted
+    finally:
         bar.close()
-        if iteration > 0 and saved != os.path.join(config.output_dir, f"checkpoint_iter_{iteration}"):
+        signals.restore()
+        if stopped and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
             saved = keep()
-        go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
-        print(f"train.py: stopped by Ctrl-C after iteration {iteration}; {go_on}", file=sys.stderr)
-        sys.exit(130)
-    except (FloatingPointError, LookupError, OSError) as error:
-        bar.close()
-        print(f"train.py: stopped: {error}; the last good checkpoint is {saved or 'none'}", file=sys.stderr)
-        sys.exit(1)
-    bar.close()
+        if ranks.is_main:
+            os.close(lock)
 
     # ------------------------------------------------------------------------------------------------- last words
+    if failure:
+        print(f"train.py: stopped: {failure}; the last good checkpoint is {saved or 'none'}", file=sys.stderr)
+        sys.exit(1)
+    if stopped and iteration < config.iterations:
+        go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
+        name = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
+        say(f"train.py: stopped by {name} after iteration {iteration}; {go_on}", file=sys.stderr)
+        fsdp.stop(ranks)
+        sys.exit(0 if stopped == signal.SIGTERM else 130)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    if ranks.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
     phases = ", ".join(f"{name} {t:.0f} s" for name, t in clock.phases.items())
     curve = ", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items())
-    print(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: {curve}")
-    print(f"{model_tokens:,} model tokens in {clock.seconds():.0f} s ({phases}); peak memory {memory:.2f} GiB")
-    print(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved}")
+    say(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: {curve}")
+    say(f"{model_tokens:,} model tokens in {clock.seconds():.0f} s ({phases}); peak memory of a rank {memory:.2f} GiB")
+    say(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved}")
     fsdp.stop(ranks)
 
 
