@@ -192,6 +192,16 @@ def report(result):
     return "\n".join(lines)
 
 
+def show(title, result, rows, examples):
+    """Print the figures and a few completions."""
+    print(f"{title}\n{report(result)}")
+    for row in rows[:examples]:
+        found = row["completions"] or [{"text": "(no leaf within the bounds)", "correct": False}]
+        print(f"\n{row['prompt']}{found[0]['text']}\n  {'right' if found[0]['correct'] else 'wrong'}: {row['truth']}")
+    # What the file is for, asserted: the figure is a count over the rows.
+    assert abs(result["accuracy"] - sum(row["correct"] for row in rows) / len(rows)) < 1e-9
+
+
 class OneSentence(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
@@ -249,18 +259,9 @@ def main(argv=None):
         model, tokenizer, problems, reward_module.Reward(), ranks, decode=args.decode, n=args.n, tau=args.tau, width=args.width,
         max_new_tokens=args.max_new_tokens, max_nodes=args.max_nodes, value=value, seed=args.seed,
     )  # fmt: skip
+    if ranks.is_main:
+        show(f"{args.model}, {len(problems)} problems, {args.decode}", result, rows, args.show)
     fsdp.stop(ranks)
-    if not ranks.is_main:
-        return
-    print(f"{args.model}, {len(problems)} problems, {args.decode}")
-    print(report(result))
-    for row in rows[: args.show]:
-        best = (
-            row["completions"][0] if row["completions"] else {"text": "(no leaf within the bounds)", "correct": False}
-        )
-        print(f"\n{row['prompt']}{best['text']}\n  {'right' if best['correct'] else 'wrong'}: {row['truth']}")
-    # What the file is for, asserted: the figure is a count over the rows.
-    assert abs(result["accuracy"] - sum(row["correct"] for row in rows) / len(rows)) < 1e-9
 
 
 if __name__ == "__main__":

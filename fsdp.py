@@ -18,6 +18,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 import types
 from dataclasses import dataclass
 
@@ -86,10 +87,16 @@ def start(distributed=False, device="auto", sharded=False):
     return Ranks(rank, world_size, device, init_device_mesh(device.type, (world_size,)))
 
 
-def stop(ranks):
-    """Leave the other ranks."""
-    if ranks.mesh is not None and dist.is_initialized():
-        dist.destroy_process_group()
+def stop(ranks, status=0):
+    """Leave the other ranks, when all have come to this point.  A process that torchrun started ends here, with this
+    exit status: gloo's threads may abort an interpreter that is torn down in the usual way ("terminate called")."""
+    if ranks.mesh is None:
+        return
+    everyone("done", ranks)
+    dist.destroy_process_group()
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
 
 
 def share(n, ranks):
@@ -162,7 +169,13 @@ def shard(module, ranks, blocks=(), mixed_precision=False, offload=False):
     )
     for block in blocks:
         fully_shard(block, **options)
-    return fully_shard(module, **options)
+    fully_shard(module, **options)
+    # In the backward pass each group gathers the one before it ahead of time.  Said here, because by default each rank
+    # goes by the order of its own last forwards: ranks with other rollouts would gather other blocks, and wait for ever.
+    chain = [*blocks, module]
+    for part, before in zip(chain, chain[:1] + chain):
+        part.set_modules_to_backward_prefetch([before])
+    return module
 
 
 def through(module, function):
@@ -216,3 +229,54 @@ def full_state(tensors, ranks):
         if ranks.is_main:
             state[name] = tensor.cpu().contiguous()
     return state
+
+
+def state_of(module):
+    """A module's parameters and buffers by name, as a checkpoint holds them: a shared one once."""
+    kept = module.state_dict().keys()
+    return dict(module.named_parameters()) | {name: x for name, x in module.named_buffers() if name in kept}
+
+
+# ========================================================================================================== demo
+
+
+def main():
+    """Five problems of unequal length, a sharded model and a whole one: the same loss, the same gradients."""
+    ranks = start(distributed="WORLD_SIZE" in os.environ, device="cpu")
+    say = print if ranks.is_main else lambda *words: None
+    lengths = [1, 7, 2, 5, 3]  # tokens of each problem
+    torch.manual_seed(0)
+    build = lambda: torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(3)))
+    reference, model = build(), build()
+    model.load_state_dict(reference.state_dict())
+    inputs = [torch.randn(length, 8) for length in lengths]
+
+    mean = sum(reference(x).pow(2).sum() for x in inputs) / sum(lengths)  # the loss: a mean over all tokens
+    mean.backward()
+
+    model = shard(model, ranks, blocks=list(model))
+    mine = list(share(len(lengths), ranks))
+    tokens = total({"tokens": sum(lengths[i] for i in mine)}, ranks)["tokens"]
+    for turn in range(max(everyone(len(mine), ranks))):  # as many backward passes on each rank, or they would wait
+        x = inputs[mine[turn]] if turn < len(mine) else torch.zeros(1, 8)
+        loss = model(x).pow(2).sum() / tokens * (turn < len(mine))
+        (loss * ranks.world_size).backward()  # FSDP averages, we add
+    worst = max((whole(p.grad) - q.grad).abs().max().item() for p, q in zip(model.parameters(), reference.parameters()))
+
+    shares = everyone(mine, ranks)
+    own = lambda p: p.to_local() if isinstance(p, DTensor) else p
+    kept = everyone(sum(own(p).numel() for p in model.parameters()), ranks)
+    say(f"{ranks.world_size} rank(s); problems of each: {shares}; parameters that each keeps: {kept}")
+    say(f"{tokens} tokens in all; largest difference of a gradient from the whole model's: {worst:.1e}")
+    with gathered(model):
+        for i in mine:  # some ranks run one forward, some two
+            assert torch.allclose(model[0](inputs[i]), reference[0](inputs[i]), atol=1e-6)
+    state = full_state(state_of(model), ranks)
+    assert worst < 1e-6 and sorted(i for part in shares for i in part) == list(range(5))
+    assert not ranks.is_main or all(torch.equal(state[name], x) for name, x in reference.state_dict().items())
+    say("shares cover all, gradients add up, the state is whole: ok")
+    stop(ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -132,10 +132,11 @@ def score(model, tokens, mask, max_logits=1 << 24):
     B, T = tokens.shape
     assert mask.shape == (B, T - 1)
     # Padding is on the right and the mask causal, so no real token sees padding: nothing to mask.  The ones say so.
+    # The prefix before token t+1 ends at t, so nobody needs the hidden state of the last token.
+    prefixes = tokens[:, :-1]
     hidden = model.base_model(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False
-    ).last_hidden_state
-    hidden = hidden[:, :-1]  # (B, T-1, D): the prefix before token t+1 ends at t
+        input_ids=prefixes, attention_mask=torch.ones_like(prefixes), use_cache=False
+    ).last_hidden_state  # (B, T-1, D)
     rows, targets = hidden[mask], tokens[:, 1:][mask]  # (M, D), (M,)
     lm_head = model.get_output_embeddings()
 

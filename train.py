@@ -343,7 +343,7 @@ def save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progr
     together; the main one writes.  Raises OSError, and leaves nothing behind, if it cannot be written."""
     final = os.path.join(config.output_dir, f"checkpoint_iter_{iteration}")
     aside = os.path.join(config.output_dir, f".checkpoint_iter_{iteration}")
-    weights, head_weights = (fsdp.full_state(dict(module.named_parameters()), ranks) for module in (model, head))
+    weights, head_weights = (fsdp.full_state(fsdp.state_of(module), ranks) for module in (model, head))
     # By parameter name, not by number or rank: the moments outlive a change in the number of ranks.
     moments = {}
     for optimizer, module, kind in zip(optimizers, (model, head), ("policy", "value")):
@@ -901,8 +901,9 @@ def main(argv=None):
         go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
         name = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
         say(f"train.py: stopped by {name} after iteration {iteration}; {go_on}", file=sys.stderr)
-        fsdp.stop(ranks)
-        sys.exit(0 if stopped == signal.SIGTERM else 130)
+        status = 0 if stopped == signal.SIGTERM else 130
+        fsdp.stop(ranks, status)
+        sys.exit(status)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     if ranks.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30

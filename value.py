@@ -42,7 +42,7 @@ class ValueHead(nn.Module):
     def forward(self, hidden):
         x = hidden.detach().to(self.inner.weight.dtype)
         out = self.outer(F.gelu(self.inner(x)))  # (..., D) -> (..., 2)
-        return out[..., 0], out[..., 1]
+        return out[..., 0].clone(), out[..., 1].clone()  # no views: FSDP puts hooks on what a module returns
 
 
 def soft_value(u_logit, r_lo, r_hi, beta):

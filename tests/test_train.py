@@ -100,9 +100,9 @@ def test_resume_is_exact(finished, tmp_path, capsys):
 
     appended = train.append
 
-    def stop_in_the_third(path, row):
-        appended(path, row)
-        if row["iteration"] == 3 and path.endswith("metrics.jsonl"):
+    def stop_in_the_third(path, lines):
+        appended(path, lines)
+        if lines[0]["iteration"] == 3 and path.endswith("metrics.jsonl"):
             raise Stop  # as a kill would: the third iteration's metrics are written, its checkpoint is not
 
     with pytest.MonkeyPatch.context() as patch:
@@ -331,7 +331,7 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path):
 
     save_file(value.ValueHead(64).state_dict(), checkpoint / "value.safetensors")
     state = json.loads(whole["trainer_state.json"])
-    state["files"]["value.safetensors"] = train.digest(checkpoint / "value.safetensors")
+    state["files"]["value.safetensors"] = train.fingerprint(checkpoint / "value.safetensors")
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     assert "another model size" in refused(capsys, *flags)
 
@@ -463,11 +463,12 @@ def test_minibatches_deal_every_rollout_once():
 
     class Stub:
         problem = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4])
+        length = torch.tensor([5, 3, 4, 9, 2, 7, 6, 1])
 
-    config = train.Config(minibatches=2)
+    config = train.Config(minibatches=2, problems_per_iteration=5, micro_batch=2)
     orders = []
     for epoch in range(6):
-        parts = train.minibatches_of(Stub, config, 1, epoch)
+        parts = [torch.cat(part) for part in train.minibatches_of(Stub, range(5), config, 1, epoch)]
         assert sorted(torch.cat(parts).tolist()) == list(range(8))
         assert not set(Stub.problem[parts[0]].tolist()) & set(Stub.problem[parts[1]].tolist())
         orders.append(tuple(parts[0].tolist()))
