@@ -1,7 +1,7 @@
 """One batch of rollouts and one optimiser step in float64, on however many ranks start this; run by test_fsdp.py.
 
-Writes OUT/WORLD_SIZE.json (token ids of every leaf by problem) and .safetensors (weights after a step of plain gradient
-descent with rate 1, so that weights differ by exactly the gradient).
+Writes OUT/WORLD_SIZE.json (token ids of every leaf by problem) and .safetensors (by how much a step of plain
+gradient descent with rate 1 moved each weight: the gradient).
 """
 
 import json
@@ -28,6 +28,7 @@ model, tokenizer = policy.load_policy(config.model, torch.float64)
 torch.manual_seed(0)
 head = value_module.ValueHead(model.config.hidden_size).double()
 torch.nn.init.normal_(head.outer.weight)  # a noisy h: the search must not be steered by rank or batch
+before = {name: x.clone() for module in (model, head) for name, x in fsdp.state_of(module).items()}
 model, head = fsdp.shard(model, ranks, policy.blocks_of(model)), fsdp.shard(head, ranks)
 problems, indices = train.draw_problems(config, 1, ranks, None)
 keys = astar_search.root_keys(0, 1, indices)
@@ -49,5 +50,5 @@ weights = fsdp.full_state(fsdp.state_of(model), ranks) | fsdp.full_state(fsdp.st
 if ranks.is_main:
     with open(f"{out}/{ranks.world_size}.json", "w") as file:
         json.dump({"leaves": [told[p] for p in sorted(told)], "learned": learned}, file)
-    save_file(weights, f"{out}/{ranks.world_size}.safetensors")
+    save_file({name: before[name] - x for name, x in weights.items()}, f"{out}/{ranks.world_size}.safetensors")
 fsdp.stop(ranks)

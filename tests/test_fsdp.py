@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 
 import fsdp
-import policy
 import train
 
 ROOT = pathlib.Path(train.__file__).parent
@@ -111,16 +110,14 @@ def test_rollouts_and_gradients_do_not_depend_on_the_ranks(tmp_path):
     for process in started:
         finish(process)
     results = {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2, 3)}
-    weights = {n: load_file(tmp_path / f"{n}.safetensors") for n in (1, 2, 3)}
-    before = policy.load_policy(train.Config().model, torch.float64)[0].state_dict()
+    gradients = {n: load_file(tmp_path / f"{n}.safetensors") for n in (1, 2, 3)}
     assert len(results[1]["leaves"]) == 7
     for n in (2, 3):
         assert results[n]["leaves"] == results[1]["leaves"]
         for name, x in results[1]["learned"].items():
             assert results[n]["learned"][name] == pytest.approx(x, rel=1e-6, abs=1e-9), name
-        for name, x in weights[1].items():
-            scale = (x - before[name]).abs().max() if name in before else 1.0  # the gradient
-            assert (weights[n][name] - x).abs().max() < 1e-6 * max(float(scale), 1e-3), name
+        for name, x in gradients[1].items():
+            assert (gradients[n][name] - x).abs().max() < 1e-6 * max(x.abs().max().item(), 1e-3), name
 
 
 def test_runs_on_more_ranks_report_the_same(runs):
@@ -147,12 +144,12 @@ def test_three_ranks_with_two_problems(tmp_path):
 
 
 def test_eval_on_two_ranks_counts_the_same():
-    outputs = [finish(launch(n, "eval.py", "--problems", "7", "--decode", "sample", "--n", "2")) for n in (1, 2)]
+    outputs = [finish(launch(n, "eval.py", "--problems", "7", "--decode", "sample")) for n in (1, 2)]
     figures = [
         [line for line in output.splitlines() if line.startswith(("accuracy", "format", "pass", "model_tokens"))]
         for output in outputs
     ]
-    assert figures[0] == figures[1] and len(figures[0]) == 7
+    assert figures[0] == figures[1] and len(figures[0]) == 9
 
 
 def test_bfloat16_starts_at_ratio_one(tmp_path):
