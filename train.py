@@ -5,7 +5,6 @@
     python train.py                                   # the tiny base on a CPU (or GPU), no download
     python train.py --rollout sample                  # the same with i.i.d. sampling: the baseline
     torchrun --standalone --nproc_per_node=4 train.py --config training --distributed      # Qwen2.5-3B on four GPUs
-    python train.py --config training --dry-run --gpu-memory 80                            # would it fit?
     python train.py --resume auto                     # go on after a stop
     python train.py --eval-only --checkpoint runs/local/checkpoint_iter_90
 
@@ -700,7 +699,7 @@ def what_failed(error, ranks):
     """One sentence for an exception that is not a mistake in the code; "" for one that is."""
     rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes, and see --dry-run"
+        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes"
     if isinstance(error, (FloatingPointError, LookupError, OSError)) and not isinstance(error, (KeyError, IndexError)):
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
