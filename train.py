@@ -836,7 +836,8 @@ def main(argv=None):
             if learned["leaves"] == 0:
                 raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
             spent = learned.pop("model_tokens")
-            batches = [rows for minibatch in minibatches_of(rollouts, indices, config, n, 0) for rows in minibatch]
+            if base is not None or bf16:  # the micro-batches of the first epoch, to score as training will
+                batches = [rows for minibatch in minibatches_of(rollouts, indices, config, n, 0) for rows in minibatch]
             if base is not None:  # apo: V*(x) from samples of the base; their tokens count
                 with clock.phase("rollouts"), fsdp.gathered(base):
                     reference = search_for(base, value=None, kind="sample", K=config.apo_samples)

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,16 +23,17 @@ import time
 from safetensors.torch import load_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ITERATIONS = 12
 
 
 def start(folder, ranks, *more):
-    """train.py in a process group of its own, so that one signal reaches all of it."""
+    """train.py in the background, on so many ranks, with its output in FOLDER.log."""
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *several, "train.py", "--output-dir", folder, "--iterations", ITERATIONS, "--checkpoint-every", 1,
                "--problems-per-iteration", 32, "--eval-problems", 50, "--device", "cpu", *(["--distributed"] if ranks > 1 else []), *more]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(f"{folder}.log", "a") as log:
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=log, stderr=log)
 
 
 def kill(process):
@@ -84,7 +86,7 @@ def main():
             else:  # it came to its end before the kill: begin again in the same folder, so that kills go on
                 assert process.returncode == 0, (killed.with_suffix(".log")).read_text()[-2000:]
                 assert contents(killed) == contents(undisturbed)
-                subprocess.run(["rm", "-r", killed], check=True)
+                shutil.rmtree(killed)
                 continue
             done += 1
             left = sorted(path.name for path in killed.glob("*checkpoint*")) if killed.exists() else []
@@ -95,8 +97,6 @@ def main():
         print(f"{done} kills on {args.ranks} rank(s); {len(theirs)} things compared, different: {different or 'none'}")
         sys.exit(bool(different))
 
-
-ITERATIONS = 12
 
 if __name__ == "__main__":
     main()
