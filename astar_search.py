@@ -230,7 +230,9 @@ class Tree:
         while True:
             # The weights need the key of leaf K+1.  At tau = 1 the head of the queue has it (for a constant h: G is the
             # maximum below a prefix); in between it is only a bound, so search on until the head is that leaf.
-            if len(self.leaves) >= options.K and (options.tau == 0 or options.tau == 1 or not self.queue or self.queue[0][1].leaf):
+            if len(self.leaves) >= options.K and (
+                options.tau == 0 or options.tau == 1 or not self.queue or self.queue[0][1].leaf
+            ):
                 self.stopped = "leaves"
             elif self.mass >= options.cover:
                 self.stopped = "covered"
@@ -463,9 +465,8 @@ class Expander:
         more = 2 * need - have
         if self.hidden is None:
             self.hidden = torch.zeros(0, hidden_size, dtype=self.dtype, device=self.device)
-        self.ancestors = torch.cat([self.ancestors, self.ancestors.new_zeros(more, self.span)])
-        self.hidden = torch.cat([self.hidden, self.hidden.new_zeros(more, self.hidden.shape[1])])
-        self.values = torch.cat([self.values, self.values.new_zeros(more)])
+        self.ancestors, self.hidden = (F.pad(table, (0, 0, 0, more)) for table in (self.ancestors, self.hidden))
+        self.values = F.pad(self.values, (0, more))
 
     def _forward(self, tokens, positions, visible):
         """tokens, positions (n, T), visible (n, T, L) bool -> last hidden states (n, T, D)."""

@@ -18,6 +18,7 @@ Grid: index t of everything (B, T-1) is about the token at t+1 of tokens (B, T).
     python policy.py        # scores a tiny random model both ways and checks the losses by hand
 """
 
+import copy
 import logging as python_logging
 import os
 
@@ -28,13 +29,10 @@ from torch.utils.checkpoint import checkpoint
 # ======================================================================================================= loading
 
 
-def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=False, freeze_blocks=0):
-    """A Hugging Face causal language model and its tokenizer, from a folder or a hub id.
-
-    freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run.
-    Raises ValueError with one sentence that says what is missing.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def read_config(name):
+    """The config of a Hugging Face model, from a folder or a hub id, without dropout.  Remote code is never run.
+    Raises ValueError with one sentence that says what is missing."""
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -46,15 +44,51 @@ def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=
         raise ValueError(f"--model {name}: this is a file; give the model's folder or a hub id")
     elif name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"--model {name}: there is no such folder, and it is not a hub id such as Qwen/Qwen2.5-3B")
-    where = f"--model {name}"
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # many kinds: no network, no such repository, gated, broken JSON, unknown type
-        raise ValueError(f"{where}: its config cannot be had ({_first_line(error)})") from None
+        raise ValueError(f"--model {name}: its config cannot be had ({_first_line(error)})") from None
     # Dropout would make pi_theta differ from pi_old before any update: the ratio would be noise.
     for key, x in vars(config.get_text_config()).items():
         if "drop" in key and isinstance(x, float):
             setattr(config.get_text_config(), key, 0.0)
+    return config
+
+
+def outline(name, freeze_blocks=0):
+    """The model of a folder or a hub id on the meta device: every shape, no memory.  Raises ValueError."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"--model {name}: not a causal language model ({_first_line(error)})") from None
+    return freeze(model, freeze_blocks)
+
+
+def load_tokenizer(name):
+    """Its tokenizer.  Raises ValueError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        assert len(tokenizer("1*1=")["input_ids"]) > 0, "it gives no tokens for '1*1='"
+    except Exception as error:
+        raise ValueError(f"--model {name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    return tokenizer
+
+
+def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=False, freeze_blocks=0):
+    """A Hugging Face causal language model and its tokenizer, from a folder or a hub id.
+
+    freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run.
+    Raises ValueError with one sentence that says what is missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, where = read_config(name), f"--model {name}"
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
@@ -63,30 +97,29 @@ def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=
         raise ValueError(
             f"{where}: not a causal language model with safetensors weights ({_first_line(error)})"
         ) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        assert len(tokenizer("1*1=")["input_ids"]) > 0, "it gives no tokens for '1*1='"
-    except Exception as error:
-        raise ValueError(f"{where}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+    tokenizer = load_tokenizer(name)
     if not stop_tokens(model, tokenizer):
         raise ValueError(f"{where}: neither its config nor its tokenizer names an end-of-sequence token")
     if len(tokenizer) > config.get_text_config().vocab_size:
         raise ValueError(
             f"{where}: the tokenizer has {len(tokenizer)} tokens, more than the model's {config.vocab_size}"
         )
-    model.to(device).eval()
-    blocks = blocks_of(model)
-    if freeze_blocks > len(blocks):
-        raise ValueError(f"--freeze-blocks {freeze_blocks}: the model has only {len(blocks)} blocks")
-    if freeze_blocks:
-        for part in (model.get_input_embeddings(), *blocks[:freeze_blocks]):
-            part.requires_grad_(False)
+    freeze(model.to(device).eval(), freeze_blocks)
     if gradient_checkpointing:
         # transformers 5.23 renamed the method; both names take the same argument
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model, tokenizer
+
+
+def freeze(model, blocks):
+    """Keep the embeddings and the first n blocks as they are; n = 0: nothing.  Returns the model."""
+    if blocks > len(blocks_of(model)):
+        raise ValueError(f"--freeze-blocks {blocks}: the model has only {len(blocks_of(model))} blocks")
+    for part in (model.get_input_embeddings(), *blocks_of(model)[:blocks]) if blocks else ():
+        part.requires_grad_(False)
+    return model
 
 
 def _first_line(error):
@@ -104,6 +137,29 @@ def stop_tokens(model, tokenizer):
     given = getattr(model.generation_config, "eos_token_id", None)
     ids = set(given if isinstance(given, (list, tuple)) else [given]) | {tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def activation_bytes(model, dtype, tokens=64):
+    """What autograd keeps of one block for the backward pass, in bytes a token.  Counted, not derived: an outlined
+    model runs on the CPU with one block and with two, and a hook sees every tensor that is kept."""
+    kept = []
+    for blocks in (1, 2):
+        small = copy.deepcopy(model)
+        del blocks_of(small)[blocks:]
+        small.config.get_text_config().num_hidden_layers = blocks
+        small = small.to(dtype).to_empty(device="cpu")  # of undefined content: only shapes matter
+        weights = {parameter.untyped_storage()._cdata for parameter in small.parameters()}
+        storages = {}  # a tensor may be kept several times, or in several views: its storage counts once
+
+        def keep(tensor):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            alive = small.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+        kept.append(sum(storages[key] for key in storages.keys() - weights) / tokens)
+        del alive  # until here, so that no storage was used twice
+    return kept[1] - kept[0]
 
 
 def check_context(model, prompt_tokens, max_new_tokens):

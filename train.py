@@ -98,7 +98,9 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     freeze_blocks: int = flag(0, "keep the embeddings and the first n blocks as they are", low=0)
     gradient_checkpointing: str = flag("off", "recompute activations in the backward pass", choices=("on", "off"))
-    mixed_precision: str = flag("off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16"))
+    mixed_precision: str = flag(
+        "off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16")
+    )
     # the run
     seed: int = flag(0, "of problems, noise and order; the same seed gives the same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -137,6 +139,8 @@ def parse(argv):
     parser.add_argument("--config", choices=tuple(PRESETS), default="local", help="preset; flags change it")
     parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
     parser.add_argument("--checkpoint", help="checkpoint folder for --eval-only")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory that a rank needs, and exit")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: refuse what does not fit a GPU")
     for f in dataclasses.fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
         if f.type is bool:
@@ -148,6 +152,8 @@ def parse(argv):
     try:
         if args.eval_only != bool(args.checkpoint):
             raise ValueError("--eval-only and --checkpoint FOLDER go together")
+        if args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < math.inf):
+            raise ValueError("--gpu-memory GIB is for --dry-run, and above 0")
         # A checkpoint is evaluated as its run was configured; flags change it.
         config = Config(**(read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]))
         for f in dataclasses.fields(Config):
@@ -240,7 +246,7 @@ def find_start(config, args):
     """Where the run begins: (checkpoint folder or "", its trainer state).  A damaged checkpoint is passed over for the
     one before it, and that is said.  Changes nothing."""
     if args.eval_only:
-        return args.checkpoint, read_state(args.checkpoint)
+        return args.checkpoint, {}  # parse has checked it
     candidates = inspect_output(config)
     for folder, older in zip(candidates, candidates[1:] + [None]):
         try:
@@ -595,7 +601,9 @@ def losses(score, head, part, config, token_total, leaf_total):
 def idle_loss(score, head, device):
     """Zero, by way of every weight: a rank with fewer micro-batches than another still joins the gathering of weights
     and the adding up of gradients, which wait for all ranks."""
-    logp, _, hidden = score(torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, 1, dtype=torch.bool, device=device))
+    logp, _, hidden = score(
+        torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
+    )
     return 0.0 * (logp.sum() + sum(out.sum() for out in head(hidden)))
 
 
@@ -688,7 +696,12 @@ def some_samples(config, iteration, indices, rollouts, texts, verdicts, problems
         own = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
         if index in chosen and own:
             i = random.Random(f"leaf {config.seed} {iteration} {index}").choice(own)
-            row = {"iteration": iteration, "prompt": problems[p].prompt, "completion": texts[i], "truth": problems[p].answer}
+            row = {
+                "iteration": iteration,
+                "prompt": problems[p].prompt,
+                "completion": texts[i],
+                "truth": problems[p].answer,
+            }
             numbers = {"weight": rollouts.extra["leaf_weight"][i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
             rows[index] = row | verdicts[i] | {name: x.item() for name, x in numbers.items()}
     told = {int(index): row for part in fsdp.everyone(rows, ranks) for index, row in part.items()}
@@ -699,7 +712,7 @@ def what_failed(error, ranks):
     """One sentence for an exception that is not a mistake in the code; "" for one that is."""
     rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes"
+        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes (--dry-run says what needs what)"
     if isinstance(error, (FloatingPointError, LookupError, OSError)) and not isinstance(error, (KeyError, IndexError)):
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
@@ -723,11 +736,111 @@ class Clock:
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
 
+# ============================================================================================== memory, on paper
+
+
+def memory(config, model, prompt, activations, world_size, offload):
+    """What a rank needs, in bytes by name, and the peaks on the GPU: "rollouts" and "update"; "host" for the offload.
+
+    model: its outline (policy.outline); prompt: tokens of a prompt; activations: policy.activation_bytes.  An upper
+    bound where the run decides: every search uses all of --max-nodes, and every completion is of full length.
+    """
+    text = model.config.get_text_config()
+    D, V, L, heads = text.hidden_size, text.vocab_size, text.num_hidden_layers, text.num_attention_heads
+    blocks = policy.blocks_of(model)
+    parameters = [*model.parameters(), *value_module.ValueHead(D).parameters()]
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    block = sum(p.numel() for p in blocks[0].parameters())
+    root = total - block * len(blocks)
+    reference = total if config.loss == "apo" else 0  # the base as it was: no gradients, no moments
+    c = 2 if config.mixed_precision == "bf16" else 4  # bytes of a number in a forward pass
+    sharded = world_size > 1 or offload or c == 2
+
+    # What a rank keeps: 1/W of the float32 weights, of their gradients, and of AdamW's two moments.
+    need = {"weights": 4 * (total + reference) / world_size, "gradients": 4 * trained / world_size}
+    need["moments"] = 2 * need["gradients"]
+    kept = 0 if offload else need["weights"] + need["moments"]
+
+    # Rollouts: whole weights; a row of K/V a prompt token and a node, and with it its ancestors and its hidden state.
+    whole = c * (total + reference) * sharded
+    problems = min(config.rollout_batch, math.ceil(config.problems_per_iteration / world_size))
+    span = prompt + config.max_new_tokens
+    rows, capacity = problems * (prompt + config.max_nodes), max(1024, 2 * problems * prompt)
+    while capacity < rows:  # tables grow by doubling
+        capacity *= 2
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    kv = 2 * kv_heads * (getattr(text, "head_dim", None) or D // heads) * c  # of a row in one layer
+    need["K/V"] = capacity * kv * L
+    nodes = problems * config.width  # of a round: scores of all their children; ancestors' K/V of a layer, and copies
+    need["search"] = capacity * (1.5 * 8 * span + c * D) + nodes * (80 * V + 3 * kv * span)
+
+    # Update: the root stays whole, two blocks come and go, gradients are whole until they are split.
+    tokens = config.micro_batch * span
+    at_once = 2 + L * c * D / activations if config.gradient_checkpointing == "on" else L + 1  # blocks' worth
+    need["activations"] = tokens * activations * at_once + 24 * min(1 << 24, tokens * V)  # and a chunk of logits
+    gathered = (c * (root + 2 * block) + (c + 4) * root) * sharded
+    need["gathered"] = max(whole, gathered)
+
+    backward = gathered + need["activations"] + (0 if offload else need["gradients"])
+    need["rollouts"] = kept + whole + need["K/V"] + need["search"]
+    need["update"] = kept + backward
+    need["host"] = offload * (need["weights"] + need["gradients"] + need["moments"])
+    return need
+
+
+def dry_run(config, gpu_memory=None):
+    """Print the memory of a rank, of 1, 2, 4 and 8, with and without offload, without loading any weights.  Raises
+    ValueError if the run, as its flags and torchrun have it, needs more than gpu_memory GiB."""
+    model = policy.outline(config.model, config.freeze_blocks)
+    problems = data.eval_problems(64, config.digits, config.prompt)
+    try:
+        prompt = max(map(len, evaluation.encode(policy.load_tokenizer(config.model), problems)))
+        known = "the longest of 64 problems"
+    except ValueError:
+        prompt, known = (
+            max(len(problem.prompt) for problem in problems) // 3,
+            "no tokenizer: taken as 3 characters a token",
+        )
+    policy.check_context(model, prompt, config.max_new_tokens)
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    activations = policy.activation_bytes(model, dtype)
+    print(
+        f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(policy.blocks_of(model))} blocks"
+    )
+    print(f"prompts of {prompt} tokens ({known}); a block keeps {activations:,.0f} bytes a token for the backward pass")
+    print("GiB of a rank, at most; rollouts and update are the peaks on the GPU\n")
+    this = (int(os.environ.get("WORLD_SIZE", 1)), config.cpu_offload)
+    peaks = {}
+    for setting in ((ranks, offload) for offload in (False, True) for ranks in sorted({1, 2, 4, 8, this[0]})):
+        need = memory(config, model, prompt, activations, *setting)
+        if not peaks:
+            print("ranks  offload" + "".join(f"{name:>12s}" for name in need))
+        print(
+            f"{setting[0]:5d}  {'on' if setting[1] else 'off':>7s}"
+            + "".join(f"{x / 2**30:12.2f}" for x in need.values())
+        )
+        peaks[setting] = max(need["rollouts"], need["update"]) / 2**30
+    if gpu_memory and peaks[this] > gpu_memory:
+        fits = [
+            f"{ranks} ranks{' with --cpu-offload' * offload}"
+            for (ranks, offload), peak in peaks.items()
+            if peak <= gpu_memory
+        ]
+        instead = f"it fits on {fits[0]}" if fits else "lower --rollout-batch, --max-nodes or --micro-batch"
+        raise ValueError(f"--gpu-memory {gpu_memory:g}: a rank needs {peaks[this]:.1f} GiB; {instead}")
+
+
 # ===================================================================================================== the loop
 
 
 def main(argv=None):
     config, args, refuse = parse(argv)
+    if args.dry_run:
+        try:
+            return dry_run(config, args.gpu_memory)
+        except (ValueError, OSError) as error:
+            refuse(str(error))
 
     # ------------------------------------------------------------------ set-up: all that can be wrong is said here
     ranks = None
@@ -761,7 +874,7 @@ def main(argv=None):
         with fsdp.gathered(model, head):
             return evaluation.evaluate(
                 model, tokenizer, eval_set, reward, ranks, decode=config.eval_decode, value=value, n=config.rollouts_per_problem,
-                max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes,
+                max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes, batch=config.rollout_batch,
             )[0]  # fmt: skip
 
     say = print if ranks.is_main else lambda *words, **where: None
@@ -778,8 +891,12 @@ def main(argv=None):
     log = append if ranks.is_main else lambda path, rows: None
     clock, iteration, model_tokens, evaluated = Clock(state["seconds"]), state["iteration"], state["model_tokens"], {}
     size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
-    say(f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}")
-    say(f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}")
+    say(
+        f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}"
+    )
+    say(
+        f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}"
+    )
     say(f"on {ranks.device}, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} of {torch.get_num_threads()} threads; "
         f"{len(eval_set)} held-out problems; writing to {config.output_dir}")  # fmt: skip
 
@@ -806,7 +923,9 @@ def main(argv=None):
             row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
             evaluate_into(row)
             log(metrics_path, [row])
-            say(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
+            say(
+                f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}"
+            )
 
         stopped = signals.any_rank()
         while iteration < config.iterations and not stopped:
@@ -815,7 +934,9 @@ def main(argv=None):
             # ------------------------------------------------------------------ 1. rollouts: A* search, or sampling
             problems, indices = draw_problems(config, n, ranks, train_file)
             keys = astar_search.root_keys(config.seed, n, indices)
-            search_for = functools.partial(make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config)
+            search_for = functools.partial(
+                make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config
+            )
             with clock.phase("rollouts"), fsdp.gathered(model, head):
                 rollouts = search_for(model, value=value, kind=config.rollout, K=config.rollouts_per_problem)
 
@@ -845,7 +966,9 @@ def main(argv=None):
                 spent += fsdp.total({"tokens": reference.stats["model_tokens"]}, ranks)["tokens"]
                 optimal = reference_values(reference, tokenizer, problems, reward, config)
                 rollouts.extra |= {"optimal_value": optimal[rollouts.problem], "ref_logprobs": ref_logprobs}
-            if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
+            if (
+                bf16
+            ):  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
                 with clock.phase("update"), fsdp.gathered(model):
                     rollouts.logprobs = score_all(model, rollouts, batches, ranks.device)
 
@@ -888,10 +1011,13 @@ def main(argv=None):
     finally:
         bar.close()
         signals.restore()
-        if stopped and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
+    try:
+        if stopped and not failure and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
             saved = keep()
-        if ranks.is_main:
-            os.close(lock)
+    except OSError as error:
+        failure = what_failed(error, ranks)
+    if ranks.is_main:
+        os.close(lock)
 
     # ------------------------------------------------------------------------------------------------- last words
     if failure:

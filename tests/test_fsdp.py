@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import fsdp
 import train
+from conftest import rows, tensors, timeless
 
 ROOT = pathlib.Path(train.__file__).parent
 SMALL = ["--problems-per-iteration", "5", "--rollouts-per-problem", "3", "--eval-problems", "5", "--max-new-tokens", "14",
@@ -42,19 +43,6 @@ def finish(process, code=0):
 def flags(folder, *more, ranks=1, iterations=4):
     together = ["--distributed"] if ranks > 1 else []
     return ["train.py", *SMALL, "--iterations", iterations, "--output-dir", folder, *together, *more]
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(folder):
-    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
-
-
-def tensors(checkpoint):
-    names = ("model", "value", "optimizer")
-    return {f"{name}/{key}": x for name in names for key, x in load_file(checkpoint / f"{name}.safetensors").items()}
 
 
 def distance(one, other):
@@ -287,7 +275,10 @@ def test_code_in_a_model_folder_is_not_run(tmp_path, capsys):
             (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload()))
         else:
             config = json.loads((folder / "config.json").read_text())
-            config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+            config |= {
+                "model_type": "mine",
+                "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+            }
             (folder / "config.json").write_text(json.dumps(config))
             (folder / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
         assert "--model" in refused(capsys, tmp_path / "run", "--model", folder)

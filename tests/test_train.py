@@ -13,12 +13,14 @@ import pytest
 import torch
 import transformers
 
+import astar_search
 import data
 import eval as evaluation
 import fsdp
 import policy
 import reward
 import train
+from conftest import rows, tensors, timeless
 
 ROOT = pathlib.Path(train.__file__).parent
 SMALL = ["--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6", "--max-new-tokens", "14",
@@ -28,24 +30,6 @@ SMALL = ["--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval
 def run(folder, *flags, iterations=2):
     train.main([*SMALL, "--iterations", str(iterations), "--output-dir", str(folder), *flags])
     return rows(folder / "metrics.jsonl")
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def timeless(metrics):
-    return [{key: x for key, x in row.items() if key != "seconds"} for row in metrics]
-
-
-def tensors(folder):
-    from safetensors.torch import load_file
-
-    return {
-        f"{name}/{key}": x
-        for name in ("model", "value", "optimizer")
-        for key, x in load_file(folder / f"{name}.safetensors").items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +70,8 @@ def test_before_the_first_update_the_ratio_is_one(finished):
 
 
 def test_the_same_seed_gives_the_same_run(finished, tmp_path):
-    again = run(tmp_path, iterations=4)
-    assert timeless(again) == timeless(rows(finished / "metrics.jsonl"))
+    run(tmp_path, iterations=4)
+    assert timeless(tmp_path) == timeless(finished)
     other = run(tmp_path / "other", "--seed", "1", iterations=1)
     assert other[1]["reward_mean"] != again[1]["reward_mean"]
 
@@ -111,7 +95,7 @@ def test_resume_is_exact(finished, tmp_path, capsys):
             run(tmp_path, iterations=4)
     run(tmp_path, "--resume", "auto", iterations=4)
     assert "after iteration 2" in capsys.readouterr().out
-    assert timeless(rows(tmp_path / "metrics.jsonl")) == timeless(rows(finished / "metrics.jsonl"))
+    assert timeless(tmp_path) == timeless(finished)
     assert (tmp_path / "samples.jsonl").read_text() == (finished / "samples.jsonl").read_text()
     mine, theirs = tensors(tmp_path / "checkpoint_iter_4"), tensors(finished / "checkpoint_iter_4")
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
@@ -228,6 +212,86 @@ def test_every_architecture_trains_and_checkpoints(tmp_path):
         assert saved.config.model_type == kind
 
 
+# ------------------------------------------------------------------------------------------------ memory, on paper
+
+SHAPES = ROOT / "experiments" / "qwen2.5-3b"
+
+
+def memory_of(model, *flags, prompt=100, world_size=1, offload=False):
+    config, _, _ = train.parse(["--model", str(model), *flags])
+    outline = policy.outline(str(model), config.freeze_blocks)
+    return train.memory(config, outline, prompt, 1000.0, world_size, offload)
+
+
+def test_memory_of_the_3b_model_by_hand():
+    """Qwen2.5-3B on four ranks in bf16, worked out with pencil and paper.  Guards against a factor lost: of two, of the
+    ranks, of the layers, of keys and values."""
+    flags = "--mixed-precision bf16 --rollout-batch 2 --max-new-tokens 50 --max-nodes 700 --micro-batch 3".split()
+    need = memory_of(SHAPES, *flags, world_size=4)
+    head = 2048 * 2048 + 2048 + 2 * 2048 + 2
+    parameters = 3_085_938_688 + head
+    assert need["weights"] == 4 * parameters / 4 and need["gradients"] == 4 * parameters / 4
+    assert need["moments"] == 8 * parameters / 4
+    rows = 1600  # two problems of 100 + 700 tokens; the tables begin with 2 * 200 -> 1024 and double
+    assert need["K/V"] == 2048 * 36 * (2 * 2 * 128) * 2 and rows <= 2048
+    assert need["host"] == 0
+    alone = memory_of(SHAPES, *flags, world_size=4, offload=True)
+    assert alone["host"] == 16 * parameters / 4 and need["rollouts"] - alone["rollouts"] == 12 * parameters / 4
+    frozen = memory_of(SHAPES, *flags, "--freeze-blocks", "36")
+    assert frozen["gradients"] == 4 * (2048 + head)  # the last norm and the value head
+    with_base = memory_of(SHAPES, *flags, "--loss", "apo", world_size=4)
+    assert with_base["weights"] == 2 * need["weights"] and with_base["gradients"] == need["gradients"]
+
+
+def test_memory_of_the_cache_is_what_the_search_takes():
+    """The tables that a search really makes, with every bound reached."""
+    flags = "--rollouts-per-problem 30 --max-nodes 60 --max-new-tokens 20 --cover 1 --width 1 --problems-per-iteration 9".split()
+    config, _, _ = train.parse(flags)
+    model, tokenizer = policy.load_policy(config.model)
+    problems = data.eval_problems(9, "2", "terse")
+    prompts = evaluation.encode(tokenizer, problems)
+    expander = astar_search.Expander(model, prompts, 20)
+    options = astar_search.Options(policy.stop_tokens(model, tokenizer), K=200, max_new_tokens=20, max_nodes=60)
+    astar_search.search(astar_search.root_keys(0, 1, range(9)), expander, options)
+    tables = sum(table.numel() * table.element_size() for table in expander.cache.tables.values())
+    need = train.memory(config, policy.outline(config.model), len(prompts[0]), 1000.0, 1, False)
+    assert tables == need["K/V"]
+
+
+def test_activations_are_counted_and_not_guessed():
+    """A block of one linear map and a GELU keeps its input and the GELU's: 2 * 4 bytes * D a token, and in bf16 half."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(16, 16)
+
+        def forward(self, hidden_states, **kwargs):
+            return torch.nn.functional.gelu(self.linear(hidden_states))
+
+    model = policy.outline(str(ROOT / "tiny_base"))
+    model.base_model.layers = torch.nn.ModuleList(Block() for _ in range(4)).to("meta")
+    model.base_model.embed_tokens = torch.nn.Embedding(24, 16, device="meta")
+    model.base_model.norm = torch.nn.Identity()
+    for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        assert policy.activation_bytes(model, dtype) == 2 * width * 16
+
+
+def test_the_dry_run_prints_and_refuses(capsys, tmp_path):
+    """Of a config alone, without weights or network; every setting that it prints as fitting is let through."""
+    flags = ["--config", "training", "--model", str(SHAPES), "--dry-run", "--output-dir", str(tmp_path / "run")]
+    train.main(flags)
+    out = capsys.readouterr().out
+    assert "3,085,938,688 parameters, 36 blocks" in out
+    table = [line.split() for line in out.splitlines() if line.split()[1:2] in (["on"], ["off"])]
+    assert [(row[0], row[1]) for row in table] == [(n, offload) for offload in ("off", "on") for n in "1248"]
+    column = out.splitlines()[-9].split().index("rollouts")
+    peak = max(map(float, table[0][column : column + 2]))
+    train.main([*flags, "--gpu-memory", str(peak + 0.1)])
+    err = refused(capsys, *flags, "--gpu-memory", str(peak - 0.1))
+    assert "it fits on 2 ranks" in err and not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------------- what can go wrong
 
 
@@ -255,7 +319,8 @@ def refused(capsys, *flags):
         ("--minibatches 9 --problems-per-iteration 4", "--minibatches"), ("--max-new-tokens 300", "context"),
         ("--device cuda:99", "cuda:99"), ("--device toaster", "toaster"), ("--freeze-blocks 9", "--freeze-blocks"),
         ("--model /nowhere/at/all", "/nowhere/at/all"), ("--model nothing", "nothing"), ("--eval-problems 1000", "578"),
-        ("--eval-only", "--checkpoint"), ("--resume auto --overwrite", "--overwrite"), ("--resume /nowhere", "/nowhere"),
+        ("--eval-only", "--checkpoint"), ("--gpu-memory 80", "--dry-run"), ("--dry-run --gpu-memory 0.01", "--micro-batch"), ("--dry-run --gpu-memory nan", "above 0"),
+        ("--dry-run --gpu-memory -1", "above 0"), ("--dry-run --model nothing", "nothing"), ("--dry-run --freeze-blocks 9", "--freeze-blocks"), ("--resume auto --overwrite", "--overwrite"), ("--resume /nowhere", "/nowhere"),
         ("--train-file /nowhere.jsonl", "/nowhere.jsonl"), ("--distributed", "--distributed"), ("--seed -1", "--seed"),
     ],
 )  # fmt: skip
@@ -437,7 +502,9 @@ def test_a_file_is_walked_through_epoch_by_epoch():
 
 def test_a_prompt_without_tokens_is_refused(capsys, tmp_path):
     (tmp_path / "odd.jsonl").write_text(json.dumps({"prompt": "hello", "answer": 4}))
-    assert "no tokens" in refused(capsys, "--train-file", str(tmp_path / "odd.jsonl"), "--output-dir", str(tmp_path / "run"))
+    assert "no tokens" in refused(
+        capsys, "--train-file", str(tmp_path / "odd.jsonl"), "--output-dir", str(tmp_path / "run")
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- the pieces
