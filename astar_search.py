@@ -260,20 +260,22 @@ class Tree:
         2020, arXiv 2002.06043), exactly so for a constant h and without a stop by covered mass."""
         kappa = -self.queue[0][0] if self.queue else -math.inf  # the best key left behind
         for leaf in self.leaves:
-            q = 1.0 if self.pruned else inclusion(leaf.g + leaf.h, kappa, self.options.tau)
-            leaf.weight = math.exp(leaf.g) / q
+            log_q = 0.0 if self.pruned else log_inclusion(leaf.g + leaf.h, kappa, self.options.tau)
+            leaf.weight = math.exp(leaf.g - log_q)
 
 
-def inclusion(phi, kappa, tau):
-    """q(y): the chance that a leaf's key beats kappa, the key of the (K+1)-th leaf.
+def log_inclusion(phi, kappa, tau):
+    """log q(y), the chance that a leaf's key beats kappa, the key of the (K+1)-th leaf.
 
     phi = log pi(y) + h(y), *unperturbed*: with the perturbed key here a lucky leaf would be its own excuse.  Void if
-    the queue was pruned, and at tau = 0, where nothing is random: there q = 1 and the weight is pi itself.
+    the queue was pruned, and at tau = 0, where nothing is random: there q = 1 and the weight is pi itself.  In logs,
+    because pi and q of a thousand tokens are both 0 in floating point, while pi/q is a number like any other.
     """
     if tau == 0 or kappa == -math.inf:
-        return 1.0
-    # q = 1 - exp(-exp((phi - kappa)/tau))
-    return -math.expm1(-math.exp(min((phi - kappa) / tau, 50.0)))
+        return 0.0
+    # q = 1 - exp(-exp(x)), x = (phi - kappa)/tau
+    x = (phi - kappa) / tau
+    return x if x < -40 else math.log(-math.expm1(-math.exp(min(x, 50.0))))
 
 
 # ===================================================================================================== search

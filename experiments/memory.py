@@ -1,10 +1,11 @@
 """Does `train.py --dry-run` tell the truth?  Its estimate beside the measured peak, for a random model of 135M parameters.
 
-    python experiments/memory.py                          # two minutes on 2 cores, 6 GiB
+    python experiments/memory.py                          # ten minutes on 2 cores, 6 GiB
 
-Each setting is an iteration of train.py in a process of its own, here with a watch on its two phases.  Measured: the
-peak of resident memory within the phase, less what the process held before the model was loaded.  A random model's
-completions are noise of full length, and the search uses all of its nodes: what the estimate assumes.
+Each setting is two iterations of train.py in a process of its own, here with a watch on its two phases.  Measured: the
+peak of resident memory within the phase of the second iteration (Adam's moments begin with the first update), less what
+the process held before the model was loaded.  A random model's completions are noise of full length, and the search
+uses all of its nodes: what the estimate assumes.
 """
 
 import json
@@ -85,7 +86,7 @@ def main():
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         print(f"{'':32s}{'':>12s}{'measured':>10s}{'estimate':>10s}   GiB")
         for name, flags in SETTINGS.items():
-            argv = f"--model {folder} --output-dir {work}/run --overwrite --iterations 1 {FLAGS} {flags}".split()
+            argv = f"--model {folder} --output-dir {work}/run --overwrite --iterations 2 {FLAGS} {flags}".split()
             run = subprocess.run([sys.executable, __file__, *argv], capture_output=True, text=True, env=environment)
             if run.returncode:
                 sys.exit(run.stderr)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import astar_search
-from astar_search import Options, gumbel, inclusion, mix64, perturb, root_keys, sample, search
+from astar_search import Options, gumbel, log_inclusion, mix64, perturb, root_keys, sample, search
 
 EOS, DEPTH, BETA = 0, 4, 0.5
 REWARDS = (-1.0, 0.2, 1.0)  # three values: with two, h from V would look exact as well
@@ -300,7 +300,7 @@ def test_a_perturbed_phi_is_biased(table):
     trees = run(table, "constant", n=2500, K=2, tau=1.0)
     for tree in trees:
         for leaf in tree.leaves:
-            leaf.weight = math.exp(leaf.g) / inclusion(leaf.G + leaf.h, -tree.queue[0][0], 1.0)
+            leaf.weight = math.exp(leaf.g - log_inclusion(leaf.G + leaf.h, -tree.queue[0][0], 1.0))
     assert bias(table, trees) > 8
 
 
@@ -315,10 +315,21 @@ def test_a_fixed_root_gumbel_is_biased(monkeypatch, table):
 
 def test_inclusion_by_hand():
     """Keys are Gumbel(phi): P(key > kappa) = 1 - exp(-exp(phi - kappa)), at phi = kappa 1 - 1/e; tau scales both."""
-    assert inclusion(-2.0, -2.0, 1.0) == pytest.approx(1 - 1 / math.e)
-    assert inclusion(-2.0, -1.0, 0.5) == pytest.approx(1 - math.exp(-math.exp(-2.0)))
-    assert inclusion(-60.0, 0.0, 1.0) == pytest.approx(math.exp(-60.0), rel=1e-9)  # 1 - exp(-x) in floats gives 0
-    assert inclusion(-2.0, -math.inf, 1.0) == inclusion(-2.0, -2.0, 0.0) == inclusion(5000.0, 0.0, 1.0) == 1.0
+    assert log_inclusion(-2.0, -2.0, 1.0) == pytest.approx(math.log(1 - 1 / math.e))
+    assert log_inclusion(-2.0, -1.0, 0.5) == pytest.approx(math.log(1 - math.exp(-math.exp(-2.0))))
+    assert log_inclusion(-30.0, 0.0, 1.0) == pytest.approx(-30.0, rel=1e-9)  # 1 - exp(-x) in floats gives 0
+    assert log_inclusion(-2.0, -math.inf, 1.0) == log_inclusion(-2.0, -2.0, 0.0) == log_inclusion(5000.0, 0.0, 1.0) == 0.0
+
+
+def test_weights_of_leaves_too_long_for_a_float():
+    """pi of 2,000 tokens is 0 in float64, and so is q; pi/q is not.  Guards against 0/0: here pi is uniform, so with
+    K = 2 leaves of equal pi the weights are equal too, and finite."""
+    options = Options(eos=(9,), K=2, max_new_tokens=2000)
+    logp = torch.full((1, 3), -math.log(3.0), dtype=torch.float64)
+    tree = search([1], lambda nodes: (logp.expand(len(nodes), 3), torch.zeros(len(nodes), 1)), options)[0]
+    one, other = (leaf.weight for leaf in tree.leaves)
+    assert math.exp(tree.leaves[0].g) == 0.0 and one == pytest.approx(other) and 0 < one < math.inf
+    assert one == pytest.approx(math.exp(-tree.queue[0][0]))  # q ~ exp(log pi - kappa), so pi/q ~ exp(kappa)
 
 
 # ======================================================================================= theorem 8: invariance
