@@ -778,7 +778,7 @@ def memory(config, model, prompt, activations, world_size, offload):
     # Update: the root stays whole, two blocks come and go, gradients are whole until they are split.
     tokens = config.micro_batch * span
     at_once = 2 + L * c * D / activations if config.gradient_checkpointing == "on" else L + 1  # blocks' worth
-    need["activations"] = tokens * activations * at_once + 24 * min(1 << 24, tokens * V)  # and a chunk of logits
+    need["activations"] = tokens * activations * at_once + 20 * min(1 << 24, tokens * V)  # and a chunk of logits
     gathered = (c * (root + 2 * block) + (c + 4) * root) * sharded
     need["gathered"] = max(whole, gathered)
 

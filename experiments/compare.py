@@ -29,21 +29,20 @@ RACE = "--final-rate 1 --iterations 2000 --eval-problems 500 --checkpoint-every 
 SAMPLE = "--rollout sample"
 
 
-def batches(problems):
-    """So many problems an iteration; warm-up and evaluations after the same number of problems whatever it is."""
-    return f"--problems-per-iteration {problems} --eval-every {512 // problems} --warmup {1024 // problems} --minibatches {max(1, problems // 64)}"
+def batches(problems, step, epochs=1):
+    """So many problems an iteration and an optimiser step; warm-up and evaluations after the same number of problems."""
+    return (f"--problems-per-iteration {problems} --minibatches {problems // step} --epochs {epochs} "
+            f"--eval-every {max(1, 512 // problems)} --warmup {max(1, 512 // problems)}")  # fmt: skip
 
 
+ASTAR = "--guide none"
 SUITES = {
-    # Tuning, one seed: every method at every batch size and learning rate.
+    # Tuning, seed 0 only: every method at several batch sizes, steps and learning rates.
     "tune": {
-        f"{name} {problems} x {K}, lr {rate}": f"{flags} {batches(problems)} --rollouts-per-problem {K} --learning-rate {rate}"
-        for name, flags, sizes in (
-            ("astar h=0", "--guide none", ((64, 8), (128, 8), (256, 8))),
-            ("sample", SAMPLE, ((64, 4), (64, 8), (128, 4), (128, 8))),
-        )
-        for problems, K in sizes
-        for rate in ("2e-4", "4e-4")
+        f"{name}, {K} x {problems} by {step}, {epochs} epochs, lr {rate}": f"{flags} {batches(problems, step, epochs)} --rollouts-per-problem {K} --learning-rate {rate}"
+        for name, flags, K in (("A* h=0", ASTAR, 8), ("sampling", SAMPLE, 4), ("sampling", SAMPLE, 8))
+        for rate in ("2e-4", "1e-4", "4e-4")
+        for problems, step, epochs in ((64, 32, 2), (128, 64, 2), (64, 64, 1))
     },
 }
 
@@ -86,7 +85,13 @@ def race(suite, name, flags, seed, args):
         raise
     if process.returncode != 0:
         raise RuntimeError(f"{name}, seed {seed}: train.py failed, see {folder}.log")
-    return {"setting": name, "seed": seed, "flags": f"{RACE} {flags}", "cpu": cpu(), "curve": curve(rows(folder / "metrics.jsonl"))}
+    return {
+        "setting": name,
+        "seed": seed,
+        "flags": f"{RACE} {flags}",
+        "cpu": cpu(),
+        "curve": curve(rows(folder / "metrics.jsonl")),
+    }
 
 
 def cpu():
@@ -116,7 +121,10 @@ def main():
             with open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             last = row["curve"][-1]
-            print(f"{row['setting']:40s} seed {row['seed']}  {last['eval_accuracy']:.3f} after {last['model_tokens']:10,d} tokens, {last['seconds']:5.0f} s", flush=True)
+            print(
+                f"{row['setting']:40s} seed {row['seed']}  {last['eval_accuracy']:.3f} after {last['model_tokens']:10,d} tokens, {last['seconds']:5.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

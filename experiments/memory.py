@@ -22,8 +22,8 @@ SIZES = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_
 FLAGS = "--device cpu --problems-per-iteration 4 --max-new-tokens 100 --max-nodes 250 --minibatches 1 --eval-problems 1"
 SETTINGS = {
     "float32": "--micro-batch 8",
-    "float32, checkpointed": "--micro-batch 32 --gradient-checkpointing on",
-    "bf16 by FSDP, checkpointed": "--micro-batch 32 --gradient-checkpointing on --mixed-precision bf16",
+    "float32, checkpointed": "--micro-batch 16 --gradient-checkpointing on",
+    "bf16 by FSDP, checkpointed": "--micro-batch 16 --gradient-checkpointing on --mixed-precision bf16",
 }
 
 

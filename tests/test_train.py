@@ -70,7 +70,7 @@ def test_before_the_first_update_the_ratio_is_one(finished):
 
 
 def test_the_same_seed_gives_the_same_run(finished, tmp_path):
-    run(tmp_path, iterations=4)
+    again = run(tmp_path, iterations=4)
     assert timeless(tmp_path) == timeless(finished)
     other = run(tmp_path / "other", "--seed", "1", iterations=1)
     assert other[1]["reward_mean"] != again[1]["reward_mean"]

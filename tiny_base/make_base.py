@@ -1,4 +1,4 @@
-"""make_base.py -- the script that made the two tiny base models beside it.
+"""make_base.py -- the script that made the tiny base models beside it.
 
 A stand-in for a pretrained base model that fits into a repository: a real Qwen2 architecture with 0.6 million
 parameters and a character-level tokenizer.  Like a real base it has *seen* step-by-step work, rarely uses it, and is
@@ -10,7 +10,8 @@ unreliable at it.  Its corpus is 2-digit products, never one that data.py holds 
 Half of each for most of the training, then 5 % step-by-step: the model ends up answering directly.
 
     python tiny_base/make_base.py                                    # writes tiny_base/ and tiny_base/weak/
-    python tiny_base/make_base.py --scan                             # prints the accuracy every 50 steps instead
+    python tiny_base/make_base.py --scan 50                          # prints the accuracy every 50 steps instead
+    python tiny_base/make_base.py --base hard                        # writes tiny_base/hard/: 3-digit by 1- to 3-digit
 """
 
 import argparse
@@ -55,25 +56,30 @@ def make_model():
 
 
 def worked(a, b):
-    """34, 12 -> '34*10=340 34*2=68 340+68=408': the way of thinking that the corpus teaches."""
-    tens, ones = b // 10 * 10, b % 10
-    return f"{a}*{tens}={a * tens} {a}*{ones}={a * ones} {a * tens}+{a * ones}={a * b}"
+    """34, 12 -> '34*10=340 34*2=68 340+68=408': the way of thinking that the corpus teaches.  One product a digit of b,
+    then the sums, from the left: a chain of 2 n - 1 steps for n digits."""
+    parts = [int(digit) * 10**place for place, digit in zip(range(len(str(b)) - 1, -1, -1), str(b))]
+    steps, total = [f"{a}*{part}={a * part}" for part in parts], a * parts[0]
+    for part in parts[1:]:
+        steps.append(f"{total}+{a * part}={total + a * part}")
+        total += a * part
+    return " ".join(steps)
 
 
-def document(rng, share_of_work, wrong_digit):
+def document(rng, share_of_work, wrong_digit, digits="2"):
     while True:
-        a, b = data.draw_operands(rng, data.parse_digits("2"))
+        a, b = data.draw_operands(rng, data.parse_digits(digits))
         if not data.is_held_out(a, b):
             break
     if rng.random() < share_of_work:
         return f"{a}*{b}=<think>{worked(a, b)}</think><answer>{a * b}</answer>"
-    digits = "".join(str(rng.randrange(10)) if rng.random() < wrong_digit else digit for digit in str(a * b))
-    return f"{a}*{b}=<answer>{digits.lstrip('0') or '0'}</answer>"
+    written = "".join(str(rng.randrange(10)) if rng.random() < wrong_digit else digit for digit in str(a * b))
+    return f"{a}*{b}=<answer>{written.lstrip('0') or '0'}</answer>"
 
 
-def batch(rng, tokenizer, size, share_of_work, wrong_digit):
+def batch(rng, tokenizer, size, share_of_work, wrong_digit, digits):
     """tokens (B, T) right-padded, labels (B, T) with -100 on padding; the document's EOS is trained."""
-    rows = [tokenizer(document(rng, share_of_work, wrong_digit))["input_ids"] + [EOS] for _ in range(size)]
+    rows = [tokenizer(document(rng, share_of_work, wrong_digit, digits))["input_ids"] + [EOS] for _ in range(size)]
     T = max(map(len, rows))
     tokens = torch.tensor([row + [PAD] * (T - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
@@ -81,17 +87,17 @@ def batch(rng, tokenizer, size, share_of_work, wrong_digit):
 
 
 @torch.no_grad()
-def measure(model, tokenizer, n=500, seed=0):
+def measure(model, tokenizer, digits="2", n=500, seed=0):
     """Greedy and sampled accuracy on held-out problems, free and forced into <think>."""
     generator = torch.Generator().manual_seed(seed)
     result = {}
     for name, prefill in (("free", ""), ("forced", "<think>")):
-        problems = data.eval_problems(n, "2", "terse", prefill)
+        problems = data.eval_problems(n, digits, "terse", prefill)
         for how in ("greedy", "sampled"):
             tokens = torch.tensor([tokenizer(problem.text)["input_ids"] for problem in problems])
             start, past, new = tokens.shape[1], None, tokens
             done = torch.zeros(n, dtype=torch.bool)
-            while not done.all() and tokens.shape[1] < start + 48:
+            while not done.all() and tokens.shape[1] < start + (48 if digits == "2" else 128):
                 output = model(new, past_key_values=past, use_cache=True)
                 past, logits = output.past_key_values, output.logits[:, -1]
                 new = (
@@ -109,54 +115,60 @@ def measure(model, tokenizer, n=500, seed=0):
     return {key: value for key, value in result.items() if not key.startswith("forced") or "thinks" not in key}
 
 
-def make(steps, tail, args, folder=None, scan=False):
-    """`steps` at half and half, then `tail` steps at 5 % step-by-step, warm-up and cosine over both."""
+# name: (folder, digits, steps, tail, share of step-by-step documents before the tail, in the tail)
+BASES = {
+    "base": (HERE, "2", 660, 150, 0.5, 0.05),
+    "weak": (HERE / "weak", "2", 550, 150, 0.5, 0.05),
+    "hard": (HERE / "hard", "3x1-3", 4000, 150, 1.0, 1.0),
+}
+
+
+def make(name, args):
+    """`steps` at one share, then `tail` steps at another; warm-up, constant, and down over the tail."""
+    folder, digits, steps, tail, share, tail_share = BASES[name]
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer, model = make_tokenizer(), make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
+    # Problems of one size at a time: measure's prompts are equally long.
+    sizes = ("3x1", "3x2", "3x3") if name == "hard" else ("2",)
+    measured = lambda: {size: measure(model.eval(), tokenizer, size) for size in sizes}
     for step in range(steps + tail):
-        # Warm up, then constant, then down over the tail.
         scale = min(1.0, (step + 1) / 50, (steps + tail - step) / tail)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * scale
-        tokens, labels = batch(rng, tokenizer, 128, 0.5 if step < steps else args.tail_share, args.wrong_digit)
+        now = share if step < steps else tail_share
+        tokens, labels = batch(rng, tokenizer, 128, now, args.wrong_digit, digits)
         loss = model(tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if scan and (step + 1) % 50 == 0:
-            print(step + 1, f"loss {loss.item():.3f}", measure(model.eval(), tokenizer), flush=True)
+        if args.scan and (step + 1) % args.scan == 0:
+            print(step + 1, f"loss {loss.item():.3f}", measured(), flush=True)
             model.train()
-    measured = measure(model.eval(), tokenizer)
-    print(steps, tail, measured, flush=True)
-    if folder:
+    found = measured()
+    print(name, found, flush=True)
+    if not args.scan:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        facts = vars(args) | {"steps": steps, "tail": tail, "parameters": model.num_parameters(), "measured": measured}
+        facts = vars(args) | {"digits": digits, "steps": steps, "tail": tail, "share": share, "tail_share": tail_share}
+        facts |= {"parameters": model.num_parameters(), "measured": found[sizes[0]] if len(sizes) == 1 else found}
         (folder / "measured.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Make the tiny base models.")
+    parser.add_argument("--base", nargs="+", choices=BASES, default=("base", "weak"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--wrong-digit", type=float, default=0.5, help="chance that a digit of a direct answer is redrawn"
     )
-    parser.add_argument(
-        "--tail-share", type=float, default=0.05, help="share of step-by-step documents in the last steps"
-    )
-    parser.add_argument("--steps", type=int, nargs=2, default=(660, 550), help="steps of the base and of the weak base")
-    parser.add_argument("--tail", type=int, default=150)
-    parser.add_argument("--scan", action="store_true", help="only print the accuracy every 50 steps")
+    parser.add_argument("--scan", type=int, metavar="N", help="only print the accuracy every N steps")
     args = parser.parse_args()
-    if args.scan:
-        make(args.steps[0], args.tail, args, scan=True)
-    else:
-        for steps, folder in zip(args.steps, (HERE, HERE / "weak")):
-            make(steps, args.tail, args, folder)
+    for name in args.base:
+        make(name, args)
 
 
 if __name__ == "__main__":

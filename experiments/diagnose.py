@@ -1,0 +1,266 @@
+"""Why does guidance pay, or not?  The head, and the search with it, at one fixed policy.
+
+    python experiments/diagnose.py                                           # the tiny base
+    python experiments/diagnose.py --model tiny_base/hard --digits 3x1-3 --max-new-tokens 128
+    python experiments/diagnose.py --model runs/local/checkpoint_iter_30     # with the head of the run as well
+
+1. A head is fitted to i.i.d. samples of half of the problems (6,144: what three iterations of training see), until its
+   loss there stops falling.
+2. On the other half: its AUC for "ends right" at positions of the completion, over all samples and *within* a problem
+   (pairs of samples of one problem, one right and one wrong), beside that of log pi of the prefix and of their best sum.
+3. Searches of the other half with several h at several budgets: problems with a correct leaf, tokens, distinct correct.
+
+Prints tables and appends one row, all figures in it, to experiments/results/diagnose.jsonl.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny_base")]
+
+import make_base  # noqa: E402
+
+import astar_search  # noqa: E402
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import policy  # noqa: E402
+import reward as reward_module  # noqa: E402
+import value as value_module  # noqa: E402
+
+BETA, REWARD = 0.2, reward_module.Reward()
+
+
+# ------------------------------------------------------------------------------------------------------ the head
+
+
+@torch.no_grad()
+def samples_of(model, tokenizer, problems, n, max_new_tokens, keys):
+    """n i.i.d. completions a problem, one row each: hidden (B, L, D) before each token, log pi of the prefix (B, L), mask
+    (B, L), reward (B,), right (B,), problem (B,).  L: tokens of the longest completion."""
+    expander = astar_search.Expander(model, evaluation.encode(tokenizer, problems), max_new_tokens)
+    options = astar_search.Options(policy.stop_tokens(model, tokenizer), K=n, max_new_tokens=max_new_tokens)
+    rollouts = astar_search.collect(astar_search.sample(keys, expander, options), expander)
+    _, verdicts = evaluation.judge(rollouts, tokenizer, problems, REWARD, max_new_tokens)
+    rollouts.extra["reward"] = torch.tensor([verdict["reward"] for verdict in verdicts])
+    rollouts.extra["right"] = torch.tensor([verdict["correct"] for verdict in verdicts])
+    rollouts = rollouts.select(torch.arange(len(rollouts)).repeat_interleave(rollouts.count))
+    L = int((rollouts.length - rollouts.prompt_length).max())
+    columns = (rollouts.prompt_length - 1)[:, None] + torch.arange(L)
+    inside = columns < (rollouts.length - 1)[:, None]
+    columns = columns.clamp(max=rollouts.tokens.shape[1] - 2)
+    hidden = torch.cat(
+        [
+            policy.score(model, *(x[rows] for x in (rollouts.tokens, rollouts.mask)))[2]
+            for rows in torch.arange(len(rollouts)).split(512)
+        ]
+    )
+    before = rollouts.logprobs.cumsum(1) - rollouts.logprobs  # log pi of the prefix before each token
+    return {
+        "hidden": hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])), "g": before.gather(1, columns),
+        "mask": inside, "reward": rollouts.extra["reward"], "right": rollouts.extra["right"], "problem": rollouts.problem,
+    }  # fmt: skip
+
+
+def fit(hidden_size, samples, steps=1500, batch=4096):
+    """A head fitted to samples as training does it, but to convergence."""
+    torch.manual_seed(0)
+    head = value_module.ValueHead(hidden_size)
+    hidden, returns = (
+        samples["hidden"][samples["mask"]],
+        (samples["reward"][:, None] * samples["mask"])[samples["mask"]],
+    )
+    targets = value_module.soft_target(returns, *REWARD.bounds, BETA)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        rows = torch.randint(len(returns), (batch,))
+        loss, _ = value_module.value_loss(
+            *head(hidden[rows]), returns[rows], targets[rows], torch.full((batch,), 1 / batch)
+        )
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    return head
+
+
+def auc(score, right, problem=None):
+    """The chance that a right sample has the larger score than a wrong one, ties half; within a problem if it is given."""
+    better, wins = right[:, None] & ~right[None], 0.0
+    if problem is not None:
+        better &= problem[:, None] == problem[None]
+    if not better.any():
+        return None
+    difference = score[:, None] - score[None]
+    wins = (difference[better] > 0).double() + 0.5 * (difference[better] == 0).double()
+    return wins.mean().item()
+
+
+@torch.no_grad()
+def quality(head, samples, positions):
+    """AUCs at positions of the completion, and the explained variance there."""
+    table = []
+    V, u_logit = head(samples["hidden"])
+    for t in positions:
+        if t >= samples["mask"].shape[1]:
+            continue
+        rows = samples["mask"][:, t].nonzero().squeeze(1)
+        if len(rows) > 4096:
+            rows = rows[:4096]
+        right, problem = samples["right"][rows].bool(), samples["problem"][rows]
+        h, g, r, v = u_logit[rows, t], samples["g"][rows, t], samples["reward"][rows], V[rows, t]
+        sums = {c: auc(g + c * torch.nn.functional.logsigmoid(h), right, problem) for c in (0.1, 0.3, 1.0, 3.0, 10.0)}
+        within = {"h": auc(h, right, problem), "log pi": auc(g, right, problem)}
+        within["best sum"] = max((x for x in sums.values() if x is not None), default=None)
+        variance = r.var().item()
+        table.append({"position": t, "alive": len(rows), "right": right.float().mean().item(), "h": auc(h, right), "log pi": auc(g, right),
+                      "within": within, "explained_variance": 1 - (r - v).var().item() / variance if variance > 0 else None})  # fmt: skip
+    return table
+
+
+# -------------------------------------------------------------------------------------------------- the searches
+
+
+def oracle(expander, tokenizer, problems, own):
+    """expand with the exact 'no mistake yet' as h: 0 for a prefix of the right work, -30 nats after a slip.  own: each
+    child by itself; else, like the head, a child inherits what is known of its parent."""
+    ids = [tokenizer(text)["input_ids"] for p in problems for text in [answer_of(p)]]
+    eos = tokenizer.eos_token_id
+    ids = [row + [eos] for row in ids]
+
+    def expand(nodes):
+        logp, _ = expander(nodes)
+        h = torch.full(logp.shape, -30.0)
+        for row, node in enumerate(nodes):
+            path, way = node.path(), ids[node.problem]
+            if path == way[: len(path)]:
+                h[row] = h[row] if own else 0.0
+                if own and len(path) < len(way):
+                    h[row, way[len(path)]] = 0.0
+        return logp, h
+
+    return expand
+
+
+def answer_of(problem):
+    a, b = (int(x) for x in problem.prompt.rstrip("=").split("*"))
+    return f"<think>{make_base.worked(a, b)}</think><answer>{a * b}</answer>"
+
+
+def beam(keys, expander, options):
+    """Plain beam search: the K best prefixes by log pi at every depth, all of them expanded."""
+    trees = [astar_search.Tree(row, key, options) for row, key in enumerate(keys)]
+    live = [[tree.root] for tree in trees]
+    while any(live):
+        nodes = [node for beam in live for node in beam]
+        logp, _ = expander(nodes)
+        logp, row = logp.double(), 0
+        for tree, nodes_of in zip(trees, live):
+            grown = []
+            for node in nodes_of:
+                for step, token in zip(*(x.tolist() for x in logp[row].topk(min(options.K, logp.shape[1])))):
+                    g = node.g + step
+                    grown.append(
+                        astar_search.Node(node.problem, node, int(token), node.depth + 1, g, 0.0, g, g, step, key=0)
+                    )
+                row += 1
+            nodes_of[:] = []
+            for node in sorted(grown, key=lambda node: -node.g)[: options.K - len(tree.leaves)]:
+                node.end(options)
+                (tree.leaves if node.leaf else nodes_of).append(node)
+            tree.stopped = "beam"
+    return trees
+
+
+def searches(model, tokenizer, problems, heads, max_new_tokens, budgets):
+    """name -> a list of figures, one a budget (leaves for sampling and beam search, nodes a problem for a search)."""
+    prompts, eos = evaluation.encode(tokenizer, problems), policy.stop_tokens(model, tokenizer)
+    keys, result = astar_search.root_keys(0, -2, range(len(problems))), {}
+
+    def run(name, method, budget, value=None, wrap=None, **options):
+        expander = astar_search.Expander(model, prompts, max_new_tokens, value)
+        options = astar_search.Options(eos, max_new_tokens=max_new_tokens, **options)
+        trees = method(keys, wrap(expander) if wrap else expander, options)
+        rollouts = astar_search.collect(trees, expander)
+        texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, REWARD, max_new_tokens)
+        right = {
+            (p, text) for p, text, verdict in zip(rollouts.problem.tolist(), texts, verdicts) if verdict["correct"]
+        }
+        tokens = expander.model_tokens
+        figures = {"budget": budget, "tokens": tokens / len(problems), "found": len({p for p, _ in right}) / len(problems),
+                   "distinct_per_1k": 1000 * len(right) / tokens, "leaves": len(rollouts) / len(problems)}  # fmt: skip
+        result.setdefault(name, []).append(figures)
+        print(
+            f"{name:24s} {budget:6d} {figures['tokens']:9.0f} {figures['found']:7.3f} {figures['distinct_per_1k']:9.2f} {figures['leaves']:7.1f}",
+            flush=True,
+        )
+
+    print(f"\n{'':24s} budget    tokens   found  dist./1k  leaves")
+    for K in (1, 2, 4, 8, 16):
+        run("i.i.d. sampling", astar_search.sample, K, K=K)
+    for K in (1, 2, 4, 8):
+        run("beam search", beam, K, K=K)
+    guides = {f"h of {name}": dict(value=evaluation.guide(head, REWARD.bounds, BETA)) for name, head in heads.items()}
+    guides |= {"h = 0": {}, "oracle, inherited": dict(wrap=lambda e: oracle(e, tokenizer, problems, own=False)),
+               "oracle, a child's own": dict(wrap=lambda e: oracle(e, tokenizer, problems, own=True))}  # fmt: skip
+    for tau in (1.0, 0.0):
+        for name, how in guides.items():
+            for budget in budgets:
+                run(f"{name}, tau {tau:g}", astar_search.search, budget, K=64, tau=tau, max_nodes=budget, **how)
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny_base")
+    parser.add_argument("--digits", default="2")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--problems", type=int, default=384, help="of each half")
+    parser.add_argument("--samples", type=int, default=16, help="a problem, to fit and to test the head")
+    args = parser.parse_args()
+    model, tokenizer = policy.load_policy(args.model if "/" in args.model else str(ROOT / args.model))
+    pairs = [data.train_problem(0, 10**6, i, args.digits, "terse") for i in range(2 * args.problems)]
+    halves = pairs[: args.problems], pairs[args.problems :]
+    one, two = (
+        samples_of(
+            model,
+            tokenizer,
+            half,
+            args.samples,
+            args.max_new_tokens,
+            astar_search.root_keys(0, -3 - i, range(args.problems)),
+        )
+        for i, half in enumerate(halves)
+    )
+    head = fit(one["hidden"].shape[-1], one)
+    print(
+        f"{args.model}: sampled accuracy {two['right'].float().mean():.3f}, {one['mask'].sum(1).float().mean():.0f} tokens; head fitted to {len(one['right'])} samples"
+    )
+    positions = [t for t in (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 48, 64, 80) if t < args.max_new_tokens]
+    table = quality(head, two, positions)
+    print(
+        "\n                         all samples     |  within a problem\nposition  alive  right    h  log pi  |   h  log pi  best sum   expl. variance"
+    )
+    form = lambda x: "  -  " if x is None else f"{x:.2f} "
+    for row in table:
+        print(f"{row['position']:8d} {row['alive']:6d}  {row['right']:.2f}   {form(row['h'])} {form(row['log pi'])}  | "
+              + "  ".join(form(row["within"][name]) for name in ("h", "log pi", "best sum")) + f"    {form(row['explained_variance'])}")  # fmt: skip
+    heads = {"a fitted head": head}
+    saved = evaluation.load_head(args.model, model)
+    mean = two["mask"].sum(1).float().mean().item()
+    budgets = sorted({max(4, round(mean * k)) for k in (0.5, 1, 2, 4, 8)})
+    result = searches(model, tokenizer, halves[1], heads, args.max_new_tokens, budgets)
+    if saved is not None:
+        print("(the run's own head)")
+    row = {"model": args.model, "digits": args.digits, "samples": len(one["right"]), "sampled_accuracy": two["right"].float().mean().item(),
+           "length": mean, "head": table, "searches": result}  # fmt: skip
+    path = ROOT / "experiments" / "results" / "diagnose.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
