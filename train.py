@@ -1011,13 +1011,13 @@ def main(argv=None):
     finally:
         bar.close()
         signals.restore()
-    try:
         if stopped and not failure and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
-            saved = keep()
-    except OSError as error:
-        failure = what_failed(error, ranks)
-    if ranks.is_main:
-        os.close(lock)
+            try:
+                saved = keep()
+            except OSError as error:
+                failure = what_failed(error, ranks)
+        if ranks.is_main:
+            os.close(lock)
 
     # ------------------------------------------------------------------------------------------------- last words
     if failure:

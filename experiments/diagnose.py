@@ -19,6 +19,7 @@ import pathlib
 import sys
 
 import torch
+from safetensors.torch import load_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny_base")]
@@ -174,42 +175,68 @@ def beam(keys, expander, options):
     return trees
 
 
+def answers(rollouts, texts, verdicts, problems):
+    """Shares of problems answered right without a look at the reward: by the first leaf, by a vote of the leaves, each
+    with its weight, and by the leaf that the head likes best."""
+    right = {"first": 0, "vote": 0, "head": 0}
+    for p in range(problems):
+        rows = (rollouts.problem == p).nonzero().squeeze(1).tolist()
+        if not rows:
+            continue
+        votes = {}
+        for row in rows:
+            answer = reward_module.parse_answer(texts[row])
+            votes[answer] = votes.get(answer, 0.0) + rollouts.weight[row].item() * (answer is not None)
+        winner = max(votes, key=votes.get)
+        right["first"] += verdicts[rows[0]]["correct"]
+        right["vote"] += any(verdicts[row]["correct"] for row in rows if reward_module.parse_answer(texts[row]) == winner)
+        last = rollouts.values[rows, rollouts.length[rows] - 2]  # V before the last token
+        right["head"] += verdicts[rows[last.argmax().item()]]["correct"]
+    return {name: x / problems for name, x in right.items()}
+
+
 def searches(model, tokenizer, problems, heads, max_new_tokens, budgets):
-    """name -> a list of figures, one a budget (leaves for sampling and beam search, nodes a problem for a search)."""
+    """name -> a list of figures, one a budget: leaves for sampling and beam search, nodes a problem for a search."""
     prompts, eos = evaluation.encode(tokenizer, problems), policy.stop_tokens(model, tokenizer)
     keys, result = astar_search.root_keys(0, -2, range(len(problems))), {}
+    unguided = evaluation.guide(heads["a fitted head"], REWARD.bounds, BETA, use_head=False)  # V for the choice at the end
 
-    def run(name, method, budget, value=None, wrap=None, **options):
+    def run(name, method, budget, value=unguided, wrap=None, greedy=False, **options):
         expander = astar_search.Expander(model, prompts, max_new_tokens, value)
         options = astar_search.Options(eos, max_new_tokens=max_new_tokens, **options)
-        trees = method(keys, wrap(expander) if wrap else expander, options)
+        trees = method(keys, wrap(expander) if wrap else expander, options, *([True] if greedy else []))
         rollouts = astar_search.collect(trees, expander)
         texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, REWARD, max_new_tokens)
-        right = {
-            (p, text) for p, text, verdict in zip(rollouts.problem.tolist(), texts, verdicts) if verdict["correct"]
-        }
+        right = {(p, text) for p, text, verdict in zip(rollouts.problem.tolist(), texts, verdicts) if verdict["correct"]}
         tokens = expander.model_tokens
         figures = {"budget": budget, "tokens": tokens / len(problems), "found": len({p for p, _ in right}) / len(problems),
                    "distinct_per_1k": 1000 * len(right) / tokens, "leaves": len(rollouts) / len(problems)}  # fmt: skip
+        figures |= answers(rollouts, texts, verdicts, len(problems))
         result.setdefault(name, []).append(figures)
-        print(
-            f"{name:24s} {budget:6d} {figures['tokens']:9.0f} {figures['found']:7.3f} {figures['distinct_per_1k']:9.2f} {figures['leaves']:7.1f}",
-            flush=True,
-        )
+        print(f"{name:32s} {budget:6d} {figures['tokens']:9.0f} {figures['found']:7.3f} {figures['distinct_per_1k']:9.2f} {figures['leaves']:7.1f}"
+              f"  {figures['first']:7.3f} {figures['vote']:7.3f} {figures['head']:7.3f}", flush=True)  # fmt: skip
 
-    print(f"\n{'':24s} budget    tokens   found  dist./1k  leaves")
+    print(f"\n{'':32s} budget    tokens   found  dist./1k  leaves |  first    vote    head: the answer right by")
+    run("greedy", astar_search.sample, 1, K=1, greedy=True)
     for K in (1, 2, 4, 8, 16):
         run("i.i.d. sampling", astar_search.sample, K, K=K)
-    for K in (1, 2, 4, 8):
+    for K in (2, 4, 8):
         run("beam search", beam, K, K=K)
-    guides = {f"h of {name}": dict(value=evaluation.guide(head, REWARD.bounds, BETA)) for name, head in heads.items()}
-    guides |= {"h = 0": {}, "oracle, inherited": dict(wrap=lambda e: oracle(e, tokenizer, problems, own=False)),
+    guides = {"h = 0": {}} | {f"h of {name}": dict(value=evaluation.guide(head, REWARD.bounds, BETA)) for name, head in heads.items()}
+    guides |= {"oracle, inherited": dict(wrap=lambda e: oracle(e, tokenizer, problems, own=False)),
                "oracle, a child's own": dict(wrap=lambda e: oracle(e, tokenizer, problems, own=True))}  # fmt: skip
     for tau in (1.0, 0.0):
         for name, how in guides.items():
             for budget in budgets:
                 run(f"{name}, tau {tau:g}", astar_search.search, budget, K=64, tau=tau, max_nodes=budget, **how)
     return result
+
+
+def write(name, row):
+    path = ROOT / "experiments" / "results" / f"{name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def main():
@@ -219,6 +246,7 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--problems", type=int, default=384, help="of each half")
     parser.add_argument("--samples", type=int, default=16, help="a problem, to fit and to test the head")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[50, 75, 100, 150, 200, 300], help="nodes a problem")
     args = parser.parse_args()
     model, tokenizer = policy.load_policy(args.model if "/" in args.model else str(ROOT / args.model))
     pairs = [data.train_problem(0, 10**6, i, args.digits, "terse") for i in range(2 * args.problems)]
@@ -248,18 +276,14 @@ def main():
         print(f"{row['position']:8d} {row['alive']:6d}  {row['right']:.2f}   {form(row['h'])} {form(row['log pi'])}  | "
               + "  ".join(form(row["within"][name]) for name in ("h", "log pi", "best sum")) + f"    {form(row['explained_variance'])}")  # fmt: skip
     heads = {"a fitted head": head}
-    saved = evaluation.load_head(args.model, model)
+    if (pathlib.Path(args.model) / "value.safetensors").exists():
+        heads["the run's head"] = value_module.ValueHead(one["hidden"].shape[-1])
+        heads["the run's head"].load_state_dict(load_file(pathlib.Path(args.model) / "value.safetensors"))
     mean = two["mask"].sum(1).float().mean().item()
-    budgets = sorted({max(4, round(mean * k)) for k in (0.5, 1, 2, 4, 8)})
-    result = searches(model, tokenizer, halves[1], heads, args.max_new_tokens, budgets)
-    if saved is not None:
-        print("(the run's own head)")
+    result = searches(model, tokenizer, halves[1], heads, args.max_new_tokens, args.budgets)
     row = {"model": args.model, "digits": args.digits, "samples": len(one["right"]), "sampled_accuracy": two["right"].float().mean().item(),
            "length": mean, "head": table, "searches": result}  # fmt: skip
-    path = ROOT / "experiments" / "results" / "diagnose.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    write("diagnose", row)
 
 
 if __name__ == "__main__":
