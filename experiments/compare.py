@@ -35,15 +35,20 @@ def batches(problems, step, epochs=1):
             f"--eval-every {max(1, 512 // problems)} --warmup {max(1, 512 // problems)}")  # fmt: skip
 
 
-ASTAR = "--guide none"
+def tuning(name, flags, sizes=((64, 64, 1), (128, 64, 2)), rates=("2e-4", "1e-4", "4e-4")):
+    """A method at several batch sizes, (problems, problems a step, epochs), and learning rates."""
+    return {f"{name}, {problems} by {step}, {epochs} epochs, lr {rate}": f"{flags} {batches(problems, step, epochs)} --learning-rate {rate}"
+            for rate in rates for problems, step, epochs in sizes}  # fmt: skip
+
+
 SUITES = {
-    # Tuning, seed 0 only: every method at several batch sizes, steps and learning rates.
-    "tune": {
-        f"{name}, {K} x {problems} by {step}, {epochs} epochs, lr {rate}": f"{flags} {batches(problems, step, epochs)} --rollouts-per-problem {K} --learning-rate {rate}"
-        for name, flags, K in (("A* h=0", ASTAR, 8), ("sampling", SAMPLE, 4), ("sampling", SAMPLE, 8))
-        for rate in ("2e-4", "1e-4", "4e-4")
-        for problems, step, epochs in ((64, 32, 2), (128, 64, 2), (64, 64, 1))
-    },
+    # Seed 0 only, to choose what each method races with.
+    "tune": tuning("A* h=0, 8 leaves", "--guide none")
+    | tuning("A* h=0, tau 0, 8 leaves", "--guide none --tau 0")
+    | tuning("A* head, 8 leaves", "--guide head")
+    | tuning("A* head, tau 0, 8 leaves", "--guide head --tau 0")
+    | tuning("sampling, 4", f"{SAMPLE} --rollouts-per-problem 4")
+    | tuning("sampling, 8", f"{SAMPLE} --rollouts-per-problem 8"),
 }
 
 
