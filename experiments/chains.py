@@ -9,7 +9,6 @@ bounds counts with all the tokens spent on it, so those means are lower bounds. 
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
