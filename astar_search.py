@@ -34,6 +34,7 @@ import heapq
 import inspect
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -195,6 +196,7 @@ class Tree:
         self.pops = 0  # inner nodes expanded
         self.mass = 0.0  # sum of pi over the leaves
         self.pruned = False
+        self.done = False  # options.done said so of the last leaf
         self.stopped = None  # why the search ended
 
     def push_child(self, parent, rank):
@@ -230,7 +232,9 @@ class Tree:
         while True:
             # The weights need the key of leaf K+1.  At tau = 1 the head of the queue has it (for a constant h: G is the
             # maximum below a prefix); in between it is only a bound, so search on until the head is that leaf.
-            if len(self.leaves) >= options.K and (
+            if self.done:
+                self.stopped = "done"
+            elif len(self.leaves) >= options.K and (
                 options.tau == 0 or options.tau == 1 or not self.queue or self.queue[0][1].leaf
             ):
                 self.stopped = "leaves"
@@ -246,6 +250,7 @@ class Tree:
             if node.leaf:
                 self.leaves.append(node)
                 self.mass += math.exp(node.g)
+                self.done = options.done is not None and options.done(node)
             else:
                 self.pops += 1
                 self.push_child(node, 0)
@@ -257,7 +262,7 @@ class Tree:
 
     def weigh_leaves(self):
         """Importance weights pi/q of the accepted leaves; sum of (pi/q) r is then unbiased for E_pi[r] (Kool et al.
-        2020, arXiv 2002.06043), exactly so for a constant h and without a stop by covered mass."""
+        2020, arXiv 2002.06043), exactly so for a constant h and without a stop by covered mass or by options.done."""
         kappa = -self.queue[0][0] if self.queue else -math.inf  # the best key left behind
         for leaf in self.leaves:
             log_q = 0.0 if self.pruned else log_inclusion(leaf.g + leaf.h, kappa, self.options.tau)
@@ -293,6 +298,7 @@ class Options:
     max_nodes: int = 1 << 30
     max_open: int = 1 << 30
     cover: float = math.inf  # stop once the leaves hold this much of pi
+    done: Callable | None = None  # leaf -> True: stop with it.  It may know the reward: for training only
 
 
 def search(keys, expand, options):

@@ -74,6 +74,17 @@ def judge(rollouts, tokenizer, problems, reward, max_new_tokens):
     return texts, [reward(text, problems[p].answer, length / max_new_tokens, cut) for text, p, length, cut in facts]
 
 
+def is_right(tokenizer, problems, reward, max_new_tokens):
+    """leaf -> is its completion right?  For a search in training that may stop there; it knows the answer."""
+
+    def done(leaf):
+        problem, path = problems[leaf.problem], leaf.path()
+        text = tokenizer.decode(path if leaf.truncated else path[:-1], skip_special_tokens=True)
+        return reward(problem.prefill + text, problem.answer, leaf.depth / max_new_tokens, leaf.truncated)["correct"]
+
+    return done
+
+
 @torch.no_grad()
 def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8, max_new_tokens=48, value=None, tau=0.0,
              width=2, max_nodes=1024, batch=512, seed=0):  # fmt: skip

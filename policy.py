@@ -1,10 +1,11 @@
-"""policy.py -- the policy: loading it, scoring tokens with it, and the three losses that improve it.
+"""policy.py -- the policy: loading it, scoring tokens with it, and the losses that improve it.
 
 Every loss is a pure function of tensors that returns (loss, metrics), both as *sums* of weighted terms: the caller has
 divided the weights by a total counted over the whole batch, so that micro-batches and ranks simply add up.
 
     ppo    clipped ratio with GAE advantages              Schulman et al. 2017, arXiv 1707.06347, eq. 7
     grpo   the same with group-normalised rewards         Shao et al. 2024, arXiv 2402.03300, sec. 4.1, no KL term
+    em     the same, leaves weighted towards pi*          Dayan & Hinton 1997; Abdolmaleki et al. 2018, arXiv 1806.06920
     apo    regression on the optimal advantage            Brantley, Gao et al. 2025, arXiv 2505.20686
 
 What the ratio corrects, and what it does not.  pi_theta/pi_old corrects for the policy having moved since the rollouts
@@ -260,6 +261,21 @@ def grpo_advantages(rewards, weight, problem):
         mean, std = weighted_mean_std(rewards[own], weight[own])
         advantages[own] = (rewards[own] - mean) / (std + 1e-6)
     return advantages
+
+
+def em_advantages(targets, weight, problem):
+    """The M-step of EM policy search: maximise E_{pi*}[log pi_theta] over the leaves that were found.  All (B,).
+
+    targets = value.soft_target(r), so that exp(r/beta) ~ targets where r_lo/beta is far below; weight: leaf weights that
+    sum to one within each problem.  Times weight, A is the posterior pi*(leaf | the leaves found): it sums to the best
+    target of its problem, so a right completion counts alike however unlikely pi thinks it is (the gradient of log E
+    exp(r/beta), where that of E r is as small as pi), and a problem with nothing but wrong leaves teaches nothing.
+    """
+    best, Z = torch.zeros(2, int(problem.max()) + 1 if len(problem) else 0, dtype=targets.dtype)
+    Z.index_add_(0, problem, weight * targets)
+    best.scatter_reduce_(0, problem, targets, "amax")
+    # A = exp((r - V*(x))/beta), exp(V*(x)/beta) = sum_i w_i exp(r_i/beta);  times the best target
+    return best[problem] * targets / Z[problem].clamp(min=torch.finfo(Z.dtype).tiny)
 
 
 def ppo_loss(logp, old_logp, advantages, entropy, token_weights, clip=0.2, entropy_coef=0.0):

@@ -70,6 +70,7 @@ class Config:
     tau: float = flag(1.0, "0: plain A*;  1: Gumbel search, draws without replacement", low=0, high=1)
     beta: float = flag(0.2, "temperature of the soft value h", above=0)
     guide: str = flag("head", "h of the search: the value head's, or 0", choices=("head", "none"))
+    until_right: str = flag("off", "a search is done with its first right leaf (for --loss em)", choices=("on", "off"))
     cover: float = flag(0.8, "a problem is done when its leaves hold this much of pi; 1 for never", above=0, high=1)
     leaf_weights: str = flag("on", "weigh leaves by pi/q in all losses", choices=("on", "off"))
     max_new_tokens: int = flag(48, "longest completion in tokens", low=1)
@@ -78,10 +79,10 @@ class Config:
     width: int = flag(2, "nodes of one problem that a round may run at once", low=1)
     rollout_batch: int = flag(256, "problems searched in lock-step", low=1)
     # losses
-    loss: str = flag("ppo", "policy loss", choices=("ppo", "grpo", "apo"))
+    loss: str = flag("ppo", "policy loss", choices=("ppo", "grpo", "em", "apo"))
     gae_lambda: float = flag(0.95, "lambda of GAE", low=0, high=1)
-    clip: float = flag(0.2, "epsilon of PPO's clip (ppo, grpo)", above=0)
-    entropy_coef: float = flag(0.0, "weight of the entropy bonus (ppo, grpo)", low=0)
+    clip: float = flag(0.2, "epsilon of PPO's clip (ppo, grpo, em)", above=0)
+    entropy_coef: float = flag(0.0, "weight of the entropy bonus (ppo, grpo, em)", low=0)
     beta1: float = flag(0.5, "apo: temperature of V*, estimated on samples of the base", above=0)
     beta2: float = flag(0.001, "apo: temperature of the regression", above=0)
     apo_samples: int = flag(8, "apo: samples of the base a problem for V*", low=1)
@@ -507,16 +508,17 @@ def draw_problems(config, iteration, ranks, from_file):
     return chosen, indices
 
 
-def make_rollouts(model, tokenizer, problems, keys, config, value, kind, K):
+def make_rollouts(model, tokenizer, problems, keys, config, reward, value, kind, K):
     """Search or sample completions for problems, `rollout_batch` of them in lock-step.  Returns one Rollouts."""
     cover = config.cover if config.cover < 1 else math.inf
-    options = astar_search.Options(
-        policy.stop_tokens(model, tokenizer), K=K, tau=config.tau, width=config.width, max_new_tokens=config.max_new_tokens,
-        max_nodes=config.max_nodes, max_open=config.max_open, cover=cover,
-    )  # fmt: skip
     parts = []
     for start in range(0, max(1, len(problems)), config.rollout_batch):  # a rank may have no problems: no rollouts then
         chunk = slice(start, start + config.rollout_batch)
+        done = evaluation.is_right(tokenizer, problems[chunk], reward, config.max_new_tokens)
+        options = astar_search.Options(
+            policy.stop_tokens(model, tokenizer), K=K, tau=config.tau, width=config.width, max_new_tokens=config.max_new_tokens,
+            max_nodes=config.max_nodes, max_open=config.max_open, cover=cover, done=done if config.until_right == "on" else None,
+        )  # fmt: skip
         expander = astar_search.Expander(
             model, evaluation.encode(tokenizer, problems[chunk]), config.max_new_tokens, value
         )
@@ -935,7 +937,7 @@ def main(argv=None):
             problems, indices = draw_problems(config, n, ranks, train_file)
             keys = astar_search.root_keys(config.seed, n, indices)
             search_for = functools.partial(
-                make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config
+                make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config, reward=reward
             )
             with clock.phase("rollouts"), fsdp.gathered(model, head):
                 rollouts = search_for(model, value=value, kind=config.rollout, K=config.rollouts_per_problem)
@@ -950,6 +952,9 @@ def main(argv=None):
             leaf_weight = policy.normalise_weights(counted, rollouts.problem)
             if config.loss == "grpo":
                 advantages = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)[:, None] * mask
+            elif config.loss == "em":
+                targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
+                advantages = policy.em_advantages(targets, leaf_weight, rollouts.problem)[:, None] * mask
             else:
                 advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
             rollouts.extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}

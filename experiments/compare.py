@@ -1,13 +1,15 @@
-"""Named settings x seeds x budgets, each a run of train.py: what accuracy does a method reach for so many model tokens?
+"""Named settings x seeds x budgets, each a run of train.py: what accuracy does a method reach for so many tokens?
 
-    python experiments/compare.py budget                     # every setting of the suite, seeds 0 1 2, two runs at a time
-    python experiments/compare.py budget --only 'sampling*' --seeds 0
-    python experiments/report.py budget                      # the tables
+    python experiments/compare.py tune --seeds 0                    # each method's learning rate
+    python experiments/compare.py base                              # every setting, seeds 0 1 2, two runs at a time
+    python experiments/compare.py weak --only 'sampling*; 40*' --seeds 0
+    python experiments/report.py base                               # the tables
 
 A budget is a number of iterations, and the learning rate is annealed to the end of each: read along a single long run,
-a method would be judged by the noise of a learning rate that fits another length.  Each run has one thread.  A run
-that is there is not run again, one that was stopped goes on: start the same line again.  Results: a row a run in
-experiments/results/SUITE.jsonl, with the curve at every evaluation.
+a method would be judged by the noise of a learning rate that fits another length.  Each run has one thread, and its
+CPU seconds are counted: they do not depend on what else the machine does.  A run that is there is not run again, one
+that was stopped goes on: start the same line again.  Results: a row a run in experiments/results/SUITE.jsonl, with the
+curve at every evaluation.
 """
 
 import argparse
@@ -23,22 +25,44 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 
-COMMON = ("--problems-per-iteration 128 --minibatches 2 --epochs 2 --warmup 4 --eval-every 8 --eval-problems 500 "
+# 64 problems an iteration and 4 optimiser steps for every method.
+COMMON = ("--problems-per-iteration 64 --minibatches 2 --epochs 2 --warmup 4 --eval-every 10 --eval-problems 500 "
           "--checkpoint-every 1000 --keep-checkpoints 1 --samples 0")  # fmt: skip
-ASTAR = {"A*, h = 0": "--guide none", "A*, head": "--guide head"}
-SAMPLING = {f"sampling, {K}": f"--rollout sample --rollouts-per-problem {K}" for K in (4, 8)}
+FIND = "--until-right on --cover 0.95 --rollouts-per-problem 16"  # search for the right leaf, and no further
+SAMPLE = "--rollout sample --rollouts-per-problem"
+METHODS = {
+    "sampling 4, ppo": f"{SAMPLE} 4 --loss ppo",
+    "sampling 8, ppo": f"{SAMPLE} 8 --loss ppo",
+    "sampling 8, grpo": f"{SAMPLE} 8 --loss grpo",
+    "sampling 4, em": f"{SAMPLE} 4 --loss em",
+    "sampling 8, em": f"{SAMPLE} 8 --loss em",
+    "sampling 4, apo": f"{SAMPLE} 4 --loss apo",
+    "A* h=0, ppo": "--guide none --loss ppo",
+    "A* head, ppo": "--guide head --loss ppo",
+    "A* h=0, grpo": "--guide none --loss grpo",
+    "A* h=0, em": f"--guide none --loss em {FIND}",
+    "A* head, em": f"--guide head --loss em {FIND}",
+    "A* h=0, apo": "--guide none --loss apo",
+    "Gumbel without stop by mass, ppo": "--guide none --loss ppo --cover 1",
+    "best-first (tau 0, h=0), ppo": "--guide none --loss ppo --tau 0",
+    "beam of 8 (tau 0, h=0), ppo": "--guide none --loss ppo --tau 0 --max-open 8",
+    "A* h=0 without stop at the right leaf, em": "--guide none --loss em --cover 0.95 --rollouts-per-problem 16",
+}
 
 
-def budgets(methods, iterations, rates):
-    """name -> flags of every method at every number of iterations and peak learning rate."""
-    return {f"{name}; lr {rate}; {n} iterations": f"{COMMON} {flags} --learning-rate {rate} --iterations {n}"
-            for n in iterations for name, flags in methods.items() for rate in rates}  # fmt: skip
+def runs(methods, rates, iterations, base=""):
+    """name -> flags: every method at every peak learning rate and number of iterations."""
+    return {f"{name}; lr {rate}; {n} iterations": f"{COMMON} {base} {METHODS[name]} --learning-rate {rate} --iterations {n}"
+            for n in iterations for name in methods for rate in rates}  # fmt: skip
 
 
+RATES = ("2e-4", "4e-4", "1e-4")
+TUNED = ("sampling 4, ppo", "A* h=0, ppo", "sampling 8, grpo", "A* h=0, grpo", "sampling 4, em", "A* h=0, em")
 SUITES = {
-    # Seed 0 only, to choose each method's learning rate: the same three for all.
-    "tune": budgets(ASTAR | SAMPLING, (32,), ("2e-4", "4e-4", "8e-4")),
-    "budget": budgets(ASTAR | SAMPLING, (16, 32, 64), ("4e-4",)),
+    # Seed 0 alone, to choose each loss's learning rate: the same three for all.
+    "tune": runs(TUNED, RATES, [40]),
+    "base": runs(METHODS, ["2e-4"], [40, 80]),
+    "weak": runs(METHODS, ["2e-4"], [40, 80], base="--model tiny_base/weak"),
 }
 
 
@@ -64,10 +88,12 @@ def run(suite, name, flags, seed):
                "--output-dir", str(folder.relative_to(ROOT)), "--resume", "auto"]  # fmt: skip
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
-        status = subprocess.call(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _, status, used = os.wait4(process.pid, 0)
     if status != 0:
         raise RuntimeError(f"{name}, seed {seed}: train.py failed, see {folder}.log")
-    return {"setting": name, "seed": seed, "flags": flags, "cpu": cpu(), "curve": curve(rows(folder / "metrics.jsonl"))}
+    return {"setting": name, "seed": seed, "flags": flags, "cpu": cpu(), "cpu_seconds": used.ru_utime + used.ru_stime,
+            "curve": curve(rows(folder / "metrics.jsonl"))}  # fmt: skip
 
 
 def cpu():
@@ -95,7 +121,7 @@ def main():
                 file.write(json.dumps(row) + "\n")
             last = row["curve"][-1]
             print(
-                f"{row['setting']:40s} seed {row['seed']}  {last['eval_accuracy']:.3f} after {last['model_tokens']:10,d} tokens, {last['seconds']:5.0f} s",
+                f"{row['setting']:60s} seed {row['seed']}  {last['eval_accuracy']:.3f} after {last['model_tokens']:10,d} tokens, {row['cpu_seconds']:5.0f} s",
                 flush=True,
             )
 
