@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import astar_search  # noqa: E402
+import compare  # noqa: E402
 import data  # noqa: E402
 import diagnose  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -107,7 +108,7 @@ def main():
         words = ", ".join(f"{name} {cost:.0f} ({share:.2f})" for name, (cost, share) in figures.items())
         print(f"{digits:6s}  {k:5d}  {p:.3f}  {accuracy:8.3f} | {words}", flush=True)
         row = {"model": args.model, "digits": digits, "steps": k, "p": p, "accuracy": accuracy, "tokens": figures}
-        diagnose.write("chains", row)
+        compare.write("chains", row)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Named settings x seeds x budgets, each a run of train.py: what accuracy does a method reach for so many tokens?
 
-    python experiments/compare.py tune --seeds 0                    # each method's learning rate
-    python experiments/compare.py base                              # every setting, seeds 0 1 2, two runs at a time
-    python experiments/compare.py weak --only 'sampling*; 40*' --seeds 0
+    python experiments/compare.py base --only '*em; *; 40*' --seeds 0     # each learning rate, two runs at a time
+    python experiments/compare.py base --only '*; lr 2e-4; *'             # every method at one, seeds 0 1 2
     python experiments/report.py base                               # the tables
 
 A budget is a number of iterations, and the learning rate is annealed to the end of each: read along a single long run,
@@ -56,18 +55,22 @@ def runs(methods, rates, iterations, base=""):
             for n in iterations for name in methods for rate in rates}  # fmt: skip
 
 
-RATES = ("2e-4", "4e-4", "1e-4")
-TUNED = ("sampling 4, ppo", "A* h=0, ppo", "sampling 8, grpo", "A* h=0, grpo", "sampling 4, em", "A* h=0, em")
+RATES = ("2e-4", "4e-4", "1e-4")  # tried for every loss, seed 0
 SUITES = {
-    # Seed 0 alone, to choose each loss's learning rate: the same three for all.
-    "tune": runs(TUNED, RATES, [40]),
-    "base": runs(METHODS, ["2e-4"], [40, 80]),
-    "weak": runs(METHODS, ["2e-4"], [40, 80], base="--model tiny_base/weak"),
+    "base": runs(METHODS, RATES, [40, 80]),
+    "weak": runs(METHODS, RATES, [60], base="--model tiny_base/weak"),
 }
 
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+
+
+def write(name, row):
+    """A row more in results/NAME.jsonl."""
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"{name}.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def curve(metrics):
@@ -104,21 +107,18 @@ def cpu():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--only", default="*", help="settings whose name matches, as a shell would")
+    parser.add_argument("--only", nargs="+", default=["*"], help="settings whose name matches, as a shell would; in this order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{args.suite}.jsonl"
-    done = {(row["setting"], row["seed"]) for row in rows(path)}
-    chosen = fnmatch.filter(SUITES[args.suite], args.only)
+    done = {(row["setting"], row["seed"]) for row in rows(RESULTS / f"{args.suite}.jsonl")}
+    chosen = dict.fromkeys(name for pattern in args.only for name in fnmatch.filter(SUITES[args.suite], pattern))
     todo = [(name, seed) for seed in args.seeds for name in chosen if (name, seed) not in done]
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(run, args.suite, name, SUITES[args.suite][name], seed) for name, seed in todo]
         for future in concurrent.futures.as_completed(futures):
             row = future.result()
-            with open(path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            write(args.suite, row)
             last = row["curve"][-1]
             print(
                 f"{row['setting']:60s} seed {row['seed']}  {last['eval_accuracy']:.3f} after {last['model_tokens']:10,d} tokens, {row['cpu_seconds']:5.0f} s",

@@ -14,7 +14,6 @@ Prints tables and appends one row, all figures in it, to experiments/results/dia
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -24,6 +23,7 @@ from safetensors.torch import load_file
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny_base")]
 
+import compare  # noqa: E402
 import make_base  # noqa: E402
 
 import astar_search  # noqa: E402
@@ -232,13 +232,6 @@ def searches(model, tokenizer, problems, heads, max_new_tokens, budgets):
     return result
 
 
-def write(name, row):
-    path = ROOT / "experiments" / "results" / f"{name}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny_base")
@@ -283,7 +276,7 @@ def main():
     result = searches(model, tokenizer, halves[1], heads, args.max_new_tokens, args.budgets)
     row = {"model": args.model, "digits": args.digits, "samples": len(one["right"]), "sampled_accuracy": two["right"].float().mean().item(),
            "length": mean, "head": table, "searches": result}  # fmt: skip
-    write("diagnose", row)
+    compare.write("diagnose", row)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import policy
 from astar_search import Options, root_keys, search
+from value import soft_target
 
 W = torch.ones(1, 1)
 
@@ -140,6 +141,34 @@ def test_grpo_advantages_by_hand():
     weights = torch.tensor([0.5, 0.25, 0.25, 0.5, 0.5])
     found = policy.grpo_advantages(rewards, weights, torch.tensor([0, 0, 0, 1, 1]))
     assert torch.allclose(found, torch.tensor([1.0, -1.0, -1.0, 0.0, 0.0]), atol=1e-5)
+
+
+def test_em_advantages_ascend_the_soft_value():
+    """With every completion as a leaf, weight pi: sum of w A grad log pi is the gradient of log E_pi[exp(r/beta)], scaled by the
+    best target; over some of the leaves w A is pi* among them; with none but wrong leaves it is next to nothing.
+    Guards against r in the place of exp(r/beta), a Z of another problem, and imitation of wrong leaves where none is right."""
+    beta, bounds = 0.5, (-1.0, 1.0)
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    r = torch.tensor([-1.0, 1.0, -0.5, 0.4], dtype=torch.float64)
+    logp = torch.log_softmax(logits, 0)
+    soft = torch.logsumexp(logp + r / beta, 0)
+    (exact,) = torch.autograd.grad(soft, logits, retain_graph=True)
+    # exp(r/beta) is its target up to an affine map, whose constant part has no gradient: use a floor far below all rewards
+    targets = soft_target(r, -40.0, 1.0, beta)
+    w, problem = logp.exp().detach(), torch.zeros(4, dtype=torch.int64)
+    A = policy.em_advantages(targets, w, problem)
+    (ours,) = torch.autograd.grad((w * A * logp).sum(), logits)
+    assert torch.allclose(ours, exact, atol=1e-9)
+
+    # Two problems: of the first, leaves 0 and 1 and 3 were found; of the second, wrong ones alone.
+    rows, two = torch.tensor([0, 1, 3, 0, 2]), torch.tensor([0, 0, 0, 1, 1])
+    w = policy.normalise_weights(logp.detach().exp()[rows], two)
+    weighted = w * policy.em_advantages(soft_target(r[rows], *bounds, beta), w, two)
+    posterior = logp.detach().exp()[rows[:3]] * soft_target(r[rows[:3]], *bounds, beta)
+    assert torch.allclose(weighted[:3], posterior / posterior.sum())
+    assert weighted[3] == 0 and weighted[4] == pytest.approx(soft_target(r[2], *bounds, beta).item())
+    assert policy.em_advantages(torch.zeros(2), torch.ones(2) / 2, torch.zeros(2, dtype=torch.int64)).eq(0).all()
+    assert len(policy.em_advantages(torch.zeros(0), torch.zeros(0), torch.zeros(0, dtype=torch.int64))) == 0
 
 
 def test_normalised_weights_sum_to_one_in_each_problem():

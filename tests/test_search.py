@@ -379,6 +379,25 @@ def test_width_and_batch_change_nothing_under_bounds(guide, tau, bound, reason):
     assert any(pruned for *_, pruned in found) == ("max_open" in bound)
 
 
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+@pytest.mark.parametrize("guide", ["zero", "deferred"])
+def test_done_ends_a_search_with_the_leaf_that_it_takes(guide, tau):
+    """The leaves of the undisturbed search up to the first that `done` takes, at every width and in every batch; and with h = 0, tau = 1
+    the best key left behind is that of the leaf that would have come next.  Guards against asking about speculated leaves,
+    and against a return before the last leaf's sibling is queued, which would lower kappa and with it every weight."""
+    done, stopped = lambda leaf: leaf.depth == 3, 0
+    assert_invariant(guide, tau=tau, K=10, done=done)
+    for table in TABLES:
+        whole, cut = (run(table, guide, tau=tau, K=10, done=how)[0] for how in (None, done))
+        places = [i for i, y in enumerate(paths(whole)) if len(y) == 3]
+        n = places[0] + 1 if places else 10
+        assert paths(cut) == paths(whole)[:n] and cut.stopped == ("done" if places else "leaves")
+        if n < 10 and guide == "zero" and tau == 1:
+            stopped += 1
+            assert -cut.queue[0][0] == pytest.approx(whole.leaves[n].f, abs=1e-9)
+    assert stopped or (guide, tau) != ("zero", 1)
+
+
 def test_speculation_only_adds():
     """A wider search runs what width 1 runs and perhaps more, never again; with one leaf wanted nothing more."""
     for table in TABLES:

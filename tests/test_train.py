@@ -111,7 +111,7 @@ def test_micro_batches_do_not_change_the_run(finished, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--rollout sample", "--loss grpo", "--loss apo", "--tau 0", "--width 1", "--width 8", "--leaf-weights off", "--guide head",
+    ["--rollout sample", "--loss grpo", "--loss apo", "--loss em", "--loss em --until-right on", "--tau 0", "--width 1", "--width 8", "--leaf-weights off", "--guide head",
      "--cover 1", "--gradient-checkpointing on", "--freeze-blocks 2", "--eval-decode astar", "--prompt tinyzero", "--digits 1-2x2"],
 )  # fmt: skip
 @pytest.mark.filterwarnings("error")
