@@ -5,6 +5,7 @@
 
 import ast
 import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -38,6 +39,7 @@ LINES = {
 LINK = re.compile(r"`(\w+)(?:\.py`(?: `([\w.]+)`)?|\.([\w.]+)`) \[L(\d+)\]\((\w+)\.py#L(\d+)\)")
 
 
+@functools.cache
 def find(place):
     """(the one line number of a place in LINES, first line, last line of its function or file)."""
     file, _, function = place.partition(".")
