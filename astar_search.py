@@ -120,10 +120,8 @@ def best_children(logp, h, parents, tau, block):
     listed = torch.tensor([len(p.children or ()) for p in parents], device=device)
     place = listed[:, None] + torch.arange(min(block, V), device=device)  # (n, block) ranks wanted
     tokens = order.gather(1, place.clamp(max=V - 1))
-    columns = [x.gather(1, tokens) for x in (f, h, g, G, logp)] + [
-        tokens.double(),
-        keys.gather(1, tokens).view(torch.float64),
-    ]
+    columns = [x.gather(1, tokens) for x in (f, h, g, G, logp)]
+    columns += [tokens.double(), keys.gather(1, tokens).view(torch.float64)]
     table = torch.stack(columns).cpu().numpy()  # (7, n, block): the one copy
     if math.isnan(table[0].sum()) and any(map(math.isnan, table[0].ravel())):
         raise FloatingPointError("the search met NaN in the model's log-probabilities or in the value head")
@@ -133,11 +131,9 @@ def best_children(logp, h, parents, tau, block):
     rows, complete = [], []
     for i, parent in enumerate(parents):
         left = V - len(parent.children or ())
-        row = [
-            (*floats[i][j], tokens[i][j], keys[i][j]) for j in range(min(block, left)) if floats[i][j][0] > -math.inf
-        ]
-        rows.append(row)
-        complete.append(len(row) < block or left == block)
+        row = [(*floats[i][j], tokens[i][j], keys[i][j]) for j in range(min(block, left))]
+        rows.append([child for child in row if child[0] > -math.inf])
+        complete.append(len(rows[-1]) < block or left == block)
     return rows, complete
 
 
@@ -168,6 +164,7 @@ class Node:
     weight: float = 1.0  # pi/q of an accepted leaf
 
     def path(self):
+        """Tokens of the completion up to here, as a list."""
         node, tokens = self, []
         while node.parent is not None:
             tokens.append(node.token)
@@ -406,6 +403,7 @@ class NodeCache(Cache):
         return range(start, self.rows)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """What each layer's attention calls: new K and V (n, H, T, D) are written, K and V of `read` (n, H, L, D) returned."""
         n, H, T, D = key_states.shape
         new = torch.cat([key_states, value_states], dim=-1).transpose(1, 2).reshape(n * T, -1)  # (n*T, H*(Dk+Dv))
         table = self.tables.get(layer_idx)
@@ -420,9 +418,11 @@ class NodeCache(Cache):
         return both[..., :D], both[..., D:]
 
     def get_seq_length(self, layer_idx=0):
-        return 0  # positions and masks are given explicitly, nothing may be derived from a length
+        """Always 0: positions and masks are given explicitly, nothing may be derived from a length."""
+        return 0
 
     def get_mask_sizes(self, *args, **kwargs):
+        """Never asked by a model that takes the mask it is given: ValueError."""
         raise ValueError("this model builds its own attention mask from the cache")
 
 

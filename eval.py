@@ -217,6 +217,7 @@ class OneSentence(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
     def error(self, message):
+        """Print the sentence, on one rank, and exit."""
         if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts several of us with the same flags
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)

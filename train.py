@@ -445,6 +445,7 @@ class Signals:
 
     @contextlib.contextmanager
     def update(self):
+        """Around what must happen whole: Ctrl-C waits until its end.  Raises KeyboardInterrupt then (one process)."""
         before = signal.signal(signal.SIGINT, self._hold)
         try:
             yield
@@ -459,6 +460,7 @@ class Signals:
         return next((number for numbers in told for number in numbers), None)
 
     def restore(self):
+        """Give the signals back to whoever had them."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -729,10 +731,12 @@ class Clock:
         self.start, self.phases = time.perf_counter() - before, {}
 
     def seconds(self):
+        """Wall seconds of the run so far."""
         return time.perf_counter() - self.start
 
     @contextlib.contextmanager
     def phase(self, name):
+        """Add the seconds spent inside to those of the phase `name`."""
         start = time.perf_counter()
         yield
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start

@@ -40,6 +40,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.outer.bias)
 
     def forward(self, hidden):
+        """hidden (..., D) of any float type -> V (...), u_logit (...), in the head's own type."""
         x = hidden.detach().to(self.inner.weight.dtype)
         out = self.outer(F.gelu(self.inner(x)))  # (..., D) -> (..., 2)
         return out[..., 0].clone(), out[..., 1].clone()  # no views: FSDP puts hooks on what a module returns
