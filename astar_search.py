@@ -444,7 +444,11 @@ class Expander:
         # By row of the cache: the rows of the path that ends here, by position (0 beyond), the last hidden state, V.
         self.ancestors = torch.zeros(0, self.span, dtype=torch.int64, device=self.device)
         self.hidden, self.values = None, torch.zeros(0, device=self.device)
-        self.model_tokens = self.forwards = 0
+        self.forwards, self.spent = 0, [0] * len(prompts)  # model tokens run for each problem
+
+    @property
+    def model_tokens(self):
+        return sum(self.spent)
 
     @torch.no_grad()
     def __call__(self, nodes):
@@ -497,6 +501,7 @@ class Expander:
             tokens[i, : len(prompt)] = torch.tensor(prompt)
             rows[i, : len(prompt)] = torch.tensor(own)
             root.slot = own[-1]
+            self.spent[root.problem] += len(prompt)
         tokens, rows = tokens.to(self.device), rows.to(self.device)
         self.cache.write = self.cache.read = rows
         positions = torch.arange(P, device=self.device).expand(n, P)
@@ -507,13 +512,13 @@ class Expander:
         self._grow(out.shape[-1])
         self.ancestors[slots, :P] = rows
         self.hidden[slots] = out[torch.arange(n, device=self.device), last]
-        self.model_tokens += sum(map(len, prompts))
 
     def _decode(self, nodes):
         """Run one token a node, each attending to its own ancestors and itself."""
         n, rows = len(nodes), self.cache.reserve(len(nodes))
         for node, row in zip(nodes, rows):
             node.slot = row
+            self.spent[node.problem] += 1
         facts = [
             (node.token, node.slot, node.parent.slot, len(self.prompts[node.problem]) + node.depth - 1)
             for node in nodes
@@ -528,7 +533,6 @@ class Expander:
         visible = torch.arange(L, device=self.device) <= position[:, None]  # (n, L)
         out = self._forward(token[:, None], position[:, None], visible[:, None])
         self.hidden[slot] = out[:, 0]
-        self.model_tokens += n
 
 
 def check_model(model):

@@ -1,21 +1,27 @@
-"""eval.py -- how good is a policy, on problems it was never trained on?
+"""eval.py -- how good is a policy, on problems it was never trained on, and is it better than another?
 
 Three ways to decode, all on the expander of astar_search.py:
 
     greedy    the most probable token, step by step
-    sample    n i.i.d. completions a problem: mean accuracy, and pass@k
+    sample    i.i.d. completions: mean accuracy, pass@k, and the vote of the majority
     astar     best-first search guided by the value head; the answer is the first leaf found.  It never sees the reward.
 
     python eval.py                                                        # the tiny base, greedy
-    python eval.py --model runs/local/checkpoint_iter_90 --decode astar
-    torchrun --standalone --nproc_per_node=2 eval.py                      # the same figures from two processes
-    python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --n 8 --max-new-tokens 512
+    python eval.py --model runs/local/checkpoint_iter_90 --decode astar --n 500 --json out.json    # and out.jsonl
+    python eval.py --compare base.jsonl out.jsonl                         # a paired test on the same problems
+    torchrun --standalone --nproc_per_node=2 eval.py --problems 500       # the same figures from two processes
+    python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --completions 8 --max-new-tokens 512
+
+--problems is --n by another name: torchrun takes an --n for its own --nnodes or --nproc-per-node and gives up, unless
+a `--` stands before the script's name.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
+import tempfile
 import time
 
 import torch
@@ -29,6 +35,9 @@ import reward as reward_module
 import value as value_module
 
 
+# ====================================================================================================== figures
+
+
 def pass_at_k(n, correct, k):
     """Chance that k of n drawn completions, `correct` of them right, hold a right one: 1 - C(n-c, k)/C(n, k).
     Unbiased (Chen et al. 2021, arXiv 2107.03374, eq. 1)."""
@@ -36,6 +45,101 @@ def pass_at_k(n, correct, k):
     for i in range(k):
         miss *= max(n - correct - i, 0) / (n - i)
     return 1.0 - miss
+
+
+def interval(shares, draws=1, z=1.959964):
+    """95 % interval for the mean of `shares`, the share of right completions among the `draws` of each problem.
+
+    Problems are drawn, and completions of one problem are alike: counting each completion would make the interval too
+    narrow, counting each problem as one 0/1 outcome too wide.  So it is Wilson's interval (1927) for as many outcomes as
+    would be as noisy: p(1-p)/Var(mean), the effective sample size (Kish 1965), between problems and problems * draws.
+    With one draw that is the number of problems.  Unlike a bootstrap's, the interval is not [0, 0] when none is right.
+    """
+    n = len(shares)
+    p = sum(shares) / n
+    spread = sum((x - p) ** 2 for x in shares) / n
+    n *= max(1.0, min(draws, p * (1 - p) / max(spread, 1e-12)))
+    # |p - P| = z sqrt(P(1-P)/n), solved for P
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+
+
+def majority(votes, truth):
+    """1 if the answer with most votes is right, else 0; if answers lead together, the chance that a coin picks it.
+    votes: (answer, weight) of each completion; one without an answer, None, does not vote."""
+    weights = {}
+    for answer, weight in votes:
+        if answer is not None:
+            weights[answer] = weights.get(answer, 0.0) + weight
+    most = max(weights.values(), default=0.0)
+    leaders = [answer for answer, weight in weights.items() if weight >= most * (1 - 1e-9)]  # equal but for rounding
+    return (truth in leaders) / max(1, len(leaders))
+
+
+def answers(row, decode):
+    """The completions of a problem that count: every draw, but of an A* search its first leaf."""
+    return row["completions"][:1] if decode == "astar" else row["completions"]
+
+
+def scores(row, decode):
+    """The figures of one problem, each a mean over its draws.  A search that found no leaf counts as wrong."""
+    judged = answers(row, decode)
+    draws = max(1, sum(c["count"] for c in judged))
+    share = lambda key: sum(c["count"] * c[key] for c in judged) / draws
+    names = {"accuracy": "correct", "format": "formatted", "completion_length": "tokens", "truncated": "truncated"}
+    figures = {name: share(key) for name, key in names.items()}
+    if decode != "greedy":
+        figures["majority"] = majority(((c["answer"], c["weight"]) for c in row["completions"]), row["truth"])
+    if decode == "astar":
+        figures["found"] = float(any(c["correct"] for c in row["completions"]))
+    if decode == "sample":
+        right = sum(c["count"] for c in judged if c["correct"])
+        figures |= {f"pass@{k}": pass_at_k(draws, right, k) for k in (2**i for i in range(draws.bit_length()))}
+    return figures
+
+
+def summary(rows, draws):
+    """Every figure as the mean over problems, and the interval of the accuracy."""
+    means = {name: sum(row["scores"][name] for row in rows) / len(rows) for name in rows[0]["scores"]}
+    within = interval([row["scores"]["accuracy"] for row in rows], draws)
+    tokens = sum(row["model_tokens"] for row in rows) / len(rows)
+    first = {"problems": len(rows), "accuracy": means["accuracy"], "accuracy_interval": within}
+    return first | means | {"tokens_per_problem": tokens}
+
+
+def sign_test(better, worse):
+    """Two-sided p of `better` against `worse` among the problems that differ: under equality each is a fair coin.
+    For 0/1 outcomes this is McNemar's exact test; for shares of several draws it asks for direction, not size."""
+    n = better + worse
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(better, worse) + 1)) / 2**n)
+
+
+def compare(A, B, repeats=10_000):
+    """Paired test of two lists of rows about the same problems: the mean difference in accuracy, its 95 % interval by a
+    bootstrap over problems, and the sign test.  Raises ValueError if the problems differ."""
+    if len(A) != len(B):
+        raise ValueError(f"A has {len(A)} problems and B {len(B)}: evaluate both with the same --n")
+    for number, (one, other) in enumerate(zip(A, B), start=1):
+        if (one["prompt"], one["truth"]) != (other["prompt"], other["truth"]):
+            raise ValueError(f"line {number} is about {one['prompt']!r} in A and {other['prompt']!r} in B: the problems differ")
+    a, b = (torch.tensor([row["scores"]["accuracy"] for row in rows], dtype=torch.float64) for rows in (A, B))
+    gain, rng = b - a, torch.Generator().manual_seed(0)
+    means = [gain[torch.randint(len(gain), gain.shape, generator=rng)].mean() for _ in range(repeats)]
+    ends = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    B_better, A_better = int((gain > 0).sum()), int((gain < 0).sum())
+    return {
+        "problems": len(gain),
+        "accuracy_A": a.mean().item(),
+        "accuracy_B": b.mean().item(),
+        "difference": gain.mean().item(),
+        "difference_interval": ends.tolist(),
+        "B_better": B_better,
+        "A_better": A_better,
+        "p_value": sign_test(B_better, A_better),
+    }
+
+
+# ===================================================================================================== decoding
 
 
 def guide(head, bounds, beta, use_head=True):
@@ -88,10 +192,12 @@ def is_right(tokenizer, problems, reward, max_new_tokens):
 @torch.no_grad()
 def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8, max_new_tokens=48, value=None, tau=0.0,
              width=2, max_nodes=1024, batch=512, seed=0):  # fmt: skip
-    """Returns (result, rows): figures for JSON, and one row a problem with its completions and verdicts.
+    """Returns (result, rows): figures for JSON, and one row a problem with its completions, verdicts and scores.
 
-    result: accuracy, format, accuracy_by_difficulty, format_by_difficulty, completion_length, truncated, model_tokens,
-    tokens_per_second; with decode="sample" also pass@1, 2, 4, ... up to n; with "astar" also found (any leaf right).
+    n: completions a problem (sample) or leaves (astar).
+    result: problems, accuracy, accuracy_interval, format, completion_length, truncated, tokens_per_problem (model tokens);
+    with decode="sample" also majority and pass@1, 2, 4, ... up to n; with "astar" majority, by leaf weight, and found (any
+    leaf right); each also as NAME_by_difficulty; and seconds_per_problem.  All but the last can be recounted from the rows.
     Each rank decodes its share of the problems with whole weights (fsdp.gathered); then every rank has every row, so
     the figures are the same for any number of them.
     """
@@ -102,7 +208,7 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     )
     was_training, start = model.training, time.perf_counter()
     model.eval()
-    rows, model_tokens = [], 0
+    rows = []
     mine = list(fsdp.share(len(problems), ranks))
     for indices in (mine[i : i + batch] for i in range(0, len(mine), batch)):
         chosen = [problems[i] for i in indices]
@@ -113,65 +219,30 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
         else:
             trees = astar_search.sample(keys, expander, options, greedy)
         rollouts = astar_search.collect(trees, expander)
-        model_tokens += expander.model_tokens
         texts, verdicts = judge(rollouts, tokenizer, chosen, reward, max_new_tokens)
         batch_rows = [
-            {"index": i, "prompt": p.prompt, "truth": p.answer, "difficulty": p.difficulty, "completions": []}
-            for i, p in zip(indices, chosen)
-        ]
-        lengths = (rollouts.length - rollouts.prompt_length).tolist()
-        for i, p in enumerate(rollouts.problem.tolist()):
-            completion = {
-                "text": texts[i],
-                "count": int(rollouts.count[i]),
-                "f": float(rollouts.f[i]),
-                "tokens": lengths[i],
-                "truncated": bool(rollouts.truncated[i]),
-            }
-            batch_rows[p]["completions"].append(completion | verdicts[i])
+            {"index": i, "prompt": p.prompt, "prefill": p.prefill, "truth": p.answer, "difficulty": p.difficulty,
+             "model_tokens": spent, "completions": []}
+            for i, p, spent in zip(indices, chosen, expander.spent)
+        ]  # fmt: skip
+        leaves = (leaf for tree in trees for leaf in tree.leaves)
+        for leaf, text, verdict in zip(leaves, texts, verdicts):
+            facts = {"text": text, "count": leaf.count, "weight": leaf.weight, "f": leaf.f, "tokens": leaf.depth,
+                     "truncated": leaf.truncated}  # fmt: skip
+            batch_rows[leaf.problem]["completions"].append(facts | verdict)
         rows += batch_rows
     model.train(was_training)
     rows = sorted((row for part in fsdp.everyone(rows, ranks) for row in part), key=lambda row: row["index"])
-    model_tokens = fsdp.total({"model_tokens": model_tokens}, ranks)["model_tokens"]
-
-    # A mean over problems, each by the mean of its completions.  An A* search that found no leaf counts as wrong.
-    columns = {}  # name -> a number for each problem that has one
-
-    def add(name, number):
-        columns.setdefault(name, []).append(number)
-
     for row in rows:
-        found = row["completions"]
-        judged = found[:1] if decode == "astar" else found  # the first leaf is the answer
-        draws = max(1, sum(c["count"] for c in judged))
-        share = lambda key: sum(c["count"] * c[key] for c in judged) / draws
-        row["correct"] = share("correct")
-        for group in ("", f" {row['difficulty']}"):
-            add("accuracy" + group, row["correct"])
-            add("format" + group, share("formatted"))
-        add("completion_length", share("tokens"))
-        add("truncated", share("truncated"))
-        add("found", any(c["correct"] for c in found))
-        if decode == "sample":
-            right = sum(c["count"] for c in judged if c["correct"])
-            for k in (2**i for i in range(n.bit_length())):
-                add(f"pass@{k}", pass_at_k(n, right, k))
-    means = {name: sum(column) / len(column) for name, column in sorted(columns.items())}
-    levels = lambda name: {key.removeprefix(name + " "): x for key, x in means.items() if key.startswith(name + " ")}
-    result = {
-        "accuracy": means["accuracy"],
-        "format": means["format"],
-        "accuracy_by_difficulty": levels("accuracy"),
-        "format_by_difficulty": levels("format"),
-        "completion_length": means["completion_length"],
-        "truncated": means["truncated"],
-        "model_tokens": model_tokens,
-        "tokens_per_second": model_tokens / (time.perf_counter() - start),
-    }
-    result |= {name: x for name, x in means.items() if name.startswith("pass@")}
-    if decode == "astar":
-        result["found"] = means["found"]
-    return result, rows
+        row["scores"] = scores(row, decode)
+
+    draws = n if decode == "sample" else 1
+    order = {level: place for place, level in enumerate(("easy", "medium", "hard"))}
+    levels = sorted({row["difficulty"] for row in rows}, key=lambda level: (order.get(level, 3), level))
+    parts = {level: summary([row for row in rows if row["difficulty"] == level], draws) for level in levels}
+    result = summary(rows, draws)
+    result |= {f"{name}_by_difficulty": {level: part[name] for level, part in parts.items()} for name in result}
+    return result | {"seconds_per_problem": (time.perf_counter() - start) / len(rows)}, rows
 
 
 def load_head(folder, model):
@@ -191,26 +262,103 @@ def load_head(folder, model):
         raise ValueError(f"{folder}: its value head cannot be read ({type(error).__name__})") from None
 
 
+# ================================================================================================ what is printed
+
+
 def report(result):
-    """A readable block of the figures."""
-    lines = []
-    for key, figure in result.items():
-        if isinstance(figure, dict):
-            figure = "   ".join(f"{level} {share:.3f}" for level, share in figure.items())
-        elif isinstance(figure, float):
-            figure = f"{figure:.0f}" if key == "tokens_per_second" else f"{figure:.3f}"
-        lines.append(f"{key:24s}{figure}")
-    return "\n".join(lines)
+    """The figures as a table: of all problems, then by difficulty."""
+    several = len(result["accuracy_by_difficulty"]) > 1
+    lines = [("", "all", *result["accuracy_by_difficulty"])] if several else []
+    for name, figure in result.items():
+        if not name.endswith("_by_difficulty"):
+            by_level = result.get(f"{name}_by_difficulty", {}) if several else {}
+            lines.append((name, *map(readable, (figure, *by_level.values()))))
+    return "\n".join(f"{name:20s}" + "".join(f"{cell:>17s}" for cell in cells) for name, *cells in lines)
 
 
-def show(title, result, rows, examples):
-    """Print the figures and a few completions."""
+def readable(x):
+    """A figure or an interval as text."""
+    return " to ".join(map(readable, x)) if isinstance(x, list) else f"{x:.3f}" if isinstance(x, float) else str(x)
+
+
+def worst(rows, decode, each):
+    """Kind of fault -> up to `each` (row, completion), and how many there are: {kind: (count, examples)}.  Truncated and
+    malformed ones in the order of the problems, well-formed wrong ones by their distance from the truth."""
+    faults = {"no leaf within the bounds": [], "truncated": [], "malformed": [], "wrong, nearest first": []}
+    none, cut, malformed, wrong = faults.values()
+    for row in rows:
+        judged = answers(row, decode)
+        if not judged:
+            none.append((row, {"text": "", "answer": None}))
+        for c in judged:
+            if c["truncated"] or not c["formatted"] or not c["correct"]:
+                (cut if c["truncated"] else wrong if c["formatted"] else malformed).append((row, c))
+    wrong.sort(key=lambda pair: abs(pair[1]["answer"] - pair[0]["truth"]))
+    return {kind: (len(pairs), pairs[:each]) for kind, pairs in faults.items() if pairs}
+
+
+def show(title, result, rows, decode, examples):
+    """Print the figures and the worst completions."""
     print(f"{title}\n{report(result)}")
-    for row in rows[:examples]:
-        found = row["completions"] or [{"text": "(no leaf within the bounds)", "correct": False}]
-        print(f"\n{row['prompt']}{found[0]['text']}\n  {'right' if found[0]['correct'] else 'wrong'}: {row['truth']}")
+    for kind, (count, pairs) in worst(rows, decode, examples).items() if examples else ():
+        print(f"\n{kind} ({count})")
+        for row, c in pairs:
+            print(f"  {row['prompt']}{c['text']}   read {c['answer']}, right is {row['truth']}")
     # What the file is for, asserted: the figure is a count over the rows.
-    assert abs(result["accuracy"] - sum(row["correct"] for row in rows) / len(rows)) < 1e-9
+    right = sum(c["count"] * c["correct"] for row in rows for c in answers(row, decode))
+    drawn = sum(max(1, sum(c["count"] for c in answers(row, decode))) for row in rows)
+    assert abs(result["accuracy"] - right / drawn) < 1e-9
+
+
+# ======================================================================================================== files
+
+
+def write(path, text):
+    """A whole file or none: written aside, synced, renamed."""
+    aside = path + ".tmp"
+    try:
+        with open(aside, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):  # a full disk, or Ctrl-C
+            os.remove(aside)
+
+
+def check_output(path, overwrite):
+    """Raise ValueError unless PATH.json and PATH.jsonl can be written: before the work, not after it."""
+    if not path.endswith(".json"):
+        raise ValueError(f"--json {path}: the name must end in .json; the completions go into the .jsonl beside it")
+    for name in (path, path + "l"):
+        if os.path.isdir(name) or os.path.exists(name) and not overwrite:
+            raise ValueError(f"--json {path}: {name} exists; choose another name or add --overwrite")
+    try:
+        tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
+    except OSError as error:
+        raise ValueError(f"--json {path}: its folder cannot be written to ({error.strerror})") from None
+
+
+def read_rows(path):
+    """The rows of a jsonl file that --json wrote.  Raises ValueError that names the line, OSError if it cannot be read."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                row["prompt"], row["truth"]
+                if not 0 <= row["scores"]["accuracy"] <= 1:
+                    raise ValueError
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number}: not a problem as eval.py --json writes it to .jsonl") from None
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no problems in it")
+    return rows
+
+
+# ================================================================================================= command line
 
 
 class OneSentence(argparse.ArgumentParser):
@@ -232,8 +380,12 @@ def main(argv=None):
         "--model", default=os.path.join(here, "tiny_base"), help="folder or hub id of a causal language model"
     )
     parser.add_argument("--decode", choices=("greedy", "sample", "astar"), default="greedy")
-    parser.add_argument("--problems", type=int, default=500, help="number of held-out problems")
-    parser.add_argument("--n", type=int, default=8, help="completions a problem (sample), leaves a problem (astar)")
+    parser.add_argument(
+        "--n", "--problems", type=int, metavar="N", help="held-out problems (500; with --eval-file all of it)"
+    )
+    parser.add_argument(
+        "--completions", type=int, default=8, help="completions a problem (sample), leaves a problem (astar)"
+    )
     parser.add_argument("--digits", default="2", help="digits per operand: 2, 3, 2x3, 2-3, ...")
     parser.add_argument("--prompt", choices=tuple(data.PROMPTS), default="terse", help="prompt style")
     parser.add_argument("--prefill", help="text the completion is made to begin with, such as '<think>'")
@@ -244,21 +396,35 @@ def main(argv=None):
     parser.add_argument("--max-nodes", type=int, default=1024, help="most nodes a problem (astar)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--show", type=int, default=3, help="completions to print")
+    parser.add_argument("--show", type=int, default=2, help="worst completions to print, of each kind")
+    parser.add_argument("--json", metavar="OUT.json", help="write the figures there, and every completion to OUT.jsonl")
+    parser.add_argument("--overwrite", action="store_true", help="replace these two files if they exist")
+    parser.add_argument("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help="paired test of B against A; no model")
     args = parser.parse_args(argv)
     try:
-        for name in ("problems", "n", "max_new_tokens", "width", "max_nodes"):
-            if getattr(args, name) < 1:
+        if args.compare:
+            if args.json:
+                raise ValueError("--compare only prints: leave --json out")
+            result = compare(*map(read_rows, args.compare))
+            result["p_value"] = f"{result['p_value']:.2g}"
+            print("\n".join(f"{name:20s}{readable(x):>17s}" for name, x in result.items()))
+            return
+        for name in ("n", "completions", "max_new_tokens", "width", "max_nodes"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
         if not (0 <= args.seed <= 2**31 and args.show >= 0):
             raise ValueError("--seed must lie in [0, 2^31], and --show must be 0 or more")
         if not 0 <= args.tau <= 1:
             raise ValueError(f"--tau must lie in [0, 1], not {args.tau}")
         if args.eval_file:
-            problems = data.read_problems(args.eval_file, args.prefill)[: args.problems]
+            problems = data.read_problems(args.eval_file, args.prefill)
+            if args.n and args.n > len(problems):
+                raise ValueError(f"{args.eval_file} holds only {len(problems)} problems, fewer than the {args.n} asked for")
+            problems = problems[: args.n]
         else:
-            problems = data.eval_problems(args.problems, args.digits, args.prompt, args.prefill)
+            problems = data.eval_problems(args.n or 500, args.digits, args.prompt, args.prefill)
         ranks = fsdp.start("WORLD_SIZE" in os.environ, args.device)
+        fsdp.agree(lambda: check_output(args.json, args.overwrite) if args.json and ranks.is_main else None, ranks)
         model, tokenizer = policy.load_policy(args.model, device=ranks.device)
         astar_search.check_model(model)
         policy.check_context(model, max(map(len, encode(tokenizer, problems))), args.max_new_tokens)
@@ -266,14 +432,25 @@ def main(argv=None):
         if args.decode == "astar" and value is None:
             print("eval.py: no value head beside this model, so the search is guided by log pi alone", file=sys.stderr)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        unread = isinstance(error, OSError) and error.filename
+        parser.error(f"{error.filename} cannot be read ({error.strerror})" if unread else str(error))
     result, rows = evaluate(
-        model, tokenizer, problems, reward_module.Reward(), ranks, decode=args.decode, n=args.n, tau=args.tau, width=args.width,
-        max_new_tokens=args.max_new_tokens, max_nodes=args.max_nodes, value=value, seed=args.seed,
+        model, tokenizer, problems, reward_module.Reward(), ranks, decode=args.decode, n=args.completions, tau=args.tau,
+        width=args.width, max_new_tokens=args.max_new_tokens, max_nodes=args.max_nodes, value=value, seed=args.seed,
     )  # fmt: skip
+    status = 0
     if ranks.is_main:
-        show(f"{args.model}, {len(problems)} problems, {args.decode}", result, rows, args.show)
-    fsdp.stop(ranks)
+        show(f"{args.model}, {args.decode}", result, rows, args.decode, args.show)
+        try:
+            if args.json:
+                write(args.json + "l", "".join(json.dumps(row) + "\n" for row in rows))
+                write(args.json, json.dumps(result | {"flags": vars(args)}, indent=1) + "\n")
+        except OSError as error:
+            print(f"eval.py: --json {args.json} cannot be written ({error.strerror})", file=sys.stderr)
+            status = 2
+    fsdp.stop(ranks, status)
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

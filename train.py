@@ -288,17 +288,8 @@ def open_output(config, source, iteration):
             shutil.rmtree(os.path.join(folder, name))
     for old in checkpoints(folder)[: -config.keep_checkpoints]:
         discard(old)
-    write(os.path.join(folder, "config.json"), json.dumps(dataclasses.asdict(config), indent=1))
+    evaluation.write(os.path.join(folder, "config.json"), json.dumps(dataclasses.asdict(config), indent=1))
     return lock
-
-
-def write(path, text):
-    """A whole file or none: written aside, synced, renamed."""
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def append(path, rows):
@@ -319,7 +310,7 @@ def cut_back(path, iteration):
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: a line of it is not a JSON object with an iteration") from None
-    write(path, "".join(kept))
+    evaluation.write(path, "".join(kept))
 
 
 def discard(folder):
@@ -368,7 +359,7 @@ def save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progr
         names = sorted(os.listdir(aside))
         manifest = {name: fingerprint(os.path.join(aside, name)) for name in names}
         state = {"iteration": iteration, **progress, "files": manifest, "config": dataclasses.asdict(config)}
-        write(os.path.join(aside, "trainer_state.json"), json.dumps(state, indent=1))
+        evaluation.write(os.path.join(aside, "trainer_state.json"), json.dumps(state, indent=1))
         for path in (*(os.path.join(aside, name) for name in names), aside):
             sync(path)
         os.rename(aside, final)

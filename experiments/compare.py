@@ -55,9 +55,15 @@ def runs(methods, rates, iterations, base=""):
             for n in iterations for name in methods for rate in rates}  # fmt: skip
 
 
+# The hard regime: 3 x 3 digits, a chain of five unreliable steps, right in 3 % of the base's samples.
+HARD = "--model tiny_base/hard --digits 3x3 --max-new-tokens 128 --max-nodes 2048"
+DEEP = "--loss em --until-right on --cover 0.98 --rollouts-per-problem 32"
+METHODS |= {"A* h=0, deep, em": f"--guide none {DEEP}", "A* head, deep, em": f"--guide head {DEEP}"}
+
 RATES = ("2e-4", "4e-4", "1e-4")  # tried for every loss, seed 0
 SUITES = {
     "base": runs(METHODS, RATES, [40, 80]),
+    "hard": runs([m for m in METHODS if "deep" in m or m.startswith("sampling")], RATES, [30], base=HARD),
     "weak": runs(METHODS, RATES, [60], base="--model tiny_base/weak"),
 }
 

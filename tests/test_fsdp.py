@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -17,27 +16,11 @@ from safetensors.torch import load_file
 
 import fsdp
 import train
-from conftest import rows, tensors, timeless
+from conftest import finish, launch, rows, tensors, timeless
 
 ROOT = pathlib.Path(train.__file__).parent
 SMALL = ["--problems-per-iteration", "5", "--rollouts-per-problem", "3", "--eval-problems", "5", "--max-new-tokens", "14",
          "--device", "cpu", "--checkpoint-every", "1", "--keep-checkpoints", "9", "--samples", "2", "--minibatches", "2"]  # fmt: skip
-
-
-def launch(ranks, *command, **options):
-    """`command` on so many ranks, by torchrun; one process is started with python alone."""
-    if ranks > 1:
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
-
-
-def finish(process, code=0):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == code, output
-    return output
 
 
 def flags(folder, *more, ranks=1, iterations=4):
@@ -129,15 +112,6 @@ def test_three_ranks_with_two_problems(tmp_path):
     more = ["--problems-per-iteration", "2", "--loss", "apo", "--rollout", "sample"]
     finish(launch(3, *flags(tmp_path / "run", *more, ranks=3, iterations=2)))
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 3
-
-
-def test_eval_on_two_ranks_counts_the_same():
-    outputs = [finish(launch(n, "eval.py", "--problems", "7", "--decode", "sample")) for n in (1, 2)]
-    figures = [
-        [line for line in output.splitlines() if line.startswith(("accuracy", "format", "pass", "model_tokens"))]
-        for output in outputs
-    ]
-    assert figures[0] == figures[1] and len(figures[0]) == 9
 
 
 def test_bfloat16_starts_at_ratio_one(tmp_path):

@@ -542,48 +542,6 @@ def test_minibatches_deal_every_rollout_once():
     assert len(set(orders)) > 1
 
 
-def test_pass_at_k_equals_enumeration():
-    from itertools import combinations
-
-    for n in range(1, 7):
-        for correct in range(n + 1):
-            for k in range(1, n + 1):
-                draws = list(combinations([True] * correct + [False] * (n - correct), k))
-                assert evaluation.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws))
-
-
-def test_eval_figures_are_counts_over_rows():
-    model, tokenizer = policy.load_policy(str(ROOT / "tiny_base"))
-    problems, ranks = data.eval_problems(30), fsdp.start(device="cpu")
-    for decode in ("greedy", "sample", "astar"):
-        result, found = evaluation.evaluate(model, tokenizer, problems, reward.Reward(), ranks, decode=decode, n=4)
-        assert len(found) == 30
-        draws = [
-            (c["count"], c["correct"])
-            for row in found
-            for c in (row["completions"][:1] if decode == "astar" else row["completions"])
-        ]
-        assert sum(count for count, _ in draws) == 30 * (4 if decode == "sample" else 1)
-        assert result["accuracy"] == pytest.approx(sum(n for n, right in draws if right) / sum(n for n, _ in draws))
-        for row in found:
-            for c in row["completions"]:
-                assert c["correct"] == (not c["truncated"] and reward.parse_answer(c["text"]) == row["truth"])
-        by_level = result["accuracy_by_difficulty"]
-        assert sum(by_level[p.difficulty] for p in problems) / 30 == pytest.approx(result["accuracy"])
-
-
-def test_evaluation_batches_do_not_change_the_figures():
-    model, tokenizer = policy.load_policy(str(ROOT / "tiny_base"))
-    problems, ranks = data.eval_problems(12), fsdp.start(device="cpu")
-    results = [
-        evaluation.evaluate(model, tokenizer, problems, reward.Reward(), ranks, decode="sample", n=2, batch=b)[0]
-        for b in (5, 12)
-    ]
-    for result in results:
-        result.pop("tokens_per_second")
-    assert results[0] == results[1]
-
-
 def test_the_product_neither_unpickles_nor_evaluates_text():
     import re
 
