@@ -71,7 +71,7 @@ def judge(rollouts, tokenizer, problems, reward, max_new_tokens):
     texts = texts_of(rollouts, tokenizer, problems)
     lengths = (rollouts.length - rollouts.prompt_length).tolist()
     facts = zip(texts, rollouts.problem.tolist(), lengths, rollouts.truncated.tolist())
-    return texts, [reward(text, problems[p].answer, length / max_new_tokens, cut) for text, p, length, cut in facts]
+    return texts, [reward.judge(problems[p], text, length / max_new_tokens, cut) for text, p, length, cut in facts]
 
 
 @torch.no_grad()
@@ -170,11 +170,12 @@ def load_head(folder, model):
         return None
     try:
         with open(state) as file:
-            config = json.load(file)["config"]
+            state = json.load(file)
         weights = load_file(path)
         head = value_module.ValueHead(model.config.get_text_config().hidden_size, weights["inner.weight"].shape[0])
         head.load_state_dict(weights)
-        bounds = reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
+        config = state["config"]  # a run without bounds is older than rewards of one's own
+        bounds = state.get("reward_bounds") or reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
         return guide(head.to(model.device), bounds, config["beta"])
     except Exception as error:  # truncated, of another model, edited by hand: whatever it is, there is no head to use
         raise ValueError(f"{folder}: its value head cannot be read ({type(error).__name__})") from None
@@ -226,6 +227,7 @@ def main(argv=None):
     parser.add_argument("--prompt", choices=tuple(data.PROMPTS), default="terse", help="prompt style")
     parser.add_argument("--prefill", help="text the completion is made to begin with, such as '<think>'")
     parser.add_argument("--eval-file", help="a jsonl file of problems with prompt and answer instead of made ones")
+    parser.add_argument("--reward", default="", metavar="FILE.py:FUNCTION", help="a reward of your own")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--tau", type=float, default=0.0, help="temperature of the search's noise (astar)")
     parser.add_argument("--width", type=int, default=2, help="nodes of a problem run at once (astar)")
@@ -242,8 +244,9 @@ def main(argv=None):
             raise ValueError("--seed must lie in [0, 2^31], and --show must be 0 or more")
         if not 0 <= args.tau <= 1:
             raise ValueError(f"--tau must lie in [0, 1], not {args.tau}")
+        reward = reward_module.load(args.reward)
         if args.eval_file:
-            problems = data.read_problems(args.eval_file, args.prefill)[: args.problems]
+            problems = data.read_problems(args.eval_file, args.prefill, bool(args.reward))[: args.problems]
         else:
             problems = data.eval_problems(args.problems, args.digits, args.prompt, args.prefill)
         ranks = fsdp.start("WORLD_SIZE" in os.environ, args.device)
@@ -256,7 +259,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     result, rows = evaluate(
-        model, tokenizer, problems, reward_module.Reward(), ranks, decode=args.decode, n=args.n, tau=args.tau, width=args.width,
+        model, tokenizer, problems, reward, ranks, decode=args.decode, n=args.n, tau=args.tau, width=args.width,
         max_new_tokens=args.max_new_tokens, max_nodes=args.max_nodes, value=value, seed=args.seed,
     )  # fmt: skip
     if ranks.is_main:
@@ -270,3 +273,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("eval.py: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except reward_module.RewardError as error:
+        sys.exit(f"eval.py: {error}")
