@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import operator
 import os
 import random
 import resource
@@ -100,9 +101,7 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     freeze_blocks: int = flag(0, "keep the embeddings and the first n blocks as they are", low=0)
     gradient_checkpointing: str = flag("off", "recompute activations in the backward pass", choices=("on", "off"))
-    mixed_precision: str = flag(
-        "off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16")
-    )
+    mixed_precision: str = flag("off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16"))
     # the run
     seed: int = flag(0, "of problems, noise and order; the same seed gives the same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -176,17 +175,14 @@ def check(config):
         x, name = getattr(config, f.name), "--" + f.name.replace("_", "-")
         if isinstance(x, float) and not math.isfinite(x):
             raise ValueError(f"{name} must be a finite number, not {x}")
-        for bound, fails, words in (
-            ("low", lambda b: x < b, "at least"),
-            ("high", lambda b: x > b, "at most"),
-            ("above", lambda b: x <= b, "above"),
-        ):
+        for bound, fails, words in (("low", operator.lt, "at least"), ("high", operator.gt, "at most"), ("above", operator.le, "above")):
             b = f.metadata[bound]
-            if b is not None and fails(b):
+            if b is not None and fails(x, b):
                 raise ValueError(f"{name} must be {words} {b}, not {x}")
     data.parse_digits(config.digits)
-    if config.minibatches > config.problems_per_iteration:
-        raise ValueError(f"--minibatches {config.minibatches} is more than --problems-per-iteration {config.problems_per_iteration}")
+    parts, N = config.minibatches, config.problems_per_iteration
+    if parts > N:
+        raise ValueError(f"--minibatches {parts} is more than --problems-per-iteration {N}")
     for package in ("wandb", "tensorboard"):
         if getattr(config, package) and not importlib.util.find_spec(package):
             raise ValueError(f"--{package}: the package is not installed: pip install {package}")
@@ -297,8 +293,7 @@ def write(path, text):
     """A whole file or none: written aside, synced, renamed."""
     with open(path + ".tmp", "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
@@ -306,8 +301,7 @@ def append(path, rows):
     """Lines of JSON at the end of a file, on the disk when this returns."""
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def cut_back(path, iteration):
@@ -415,18 +409,16 @@ def restore(folder, model, head, optimizers):
                 tensor, parameter = moments.get_tensor(full_name), parameters.get(name)
                 if parameter is None or (key != "step" and tensor.shape != parameter.shape):
                     raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
-                placed = tensor if key == "step" else fsdp.placed(tensor, parameter)
-                optimizer.state[parameter][key] = placed
+                optimizer.state[parameter][key] = tensor if key == "step" else fsdp.placed(tensor, parameter)
 
 
 def check_same_run(config, saved, folder):
     """Raise ValueError if a flag that shapes the run is not the one the checkpoint was made with."""
     for name, x in (dataclasses.asdict(Config()) | saved).items():  # a flag younger than the checkpoint was at its default
         free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
-        if not free and getattr(config, name, x) != x:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} differs from the {x} that {folder} was trained with"
-            )
+        given, flag_name = getattr(config, name, x), name.replace("_", "-")
+        if not free and given != x:
+            raise ValueError(f"--{flag_name} {given} differs from the {x} that {folder} was trained with")
 
 
 class Signals:
@@ -606,9 +598,8 @@ def losses(score, head, part, config, token_total, leaf_total):
 def idle_loss(score, head, device):
     """Zero, by way of every weight: a rank with fewer micro-batches than another still joins the gathering of weights
     and the adding up of gradients, which wait for all ranks."""
-    logp, _, hidden = score(
-        torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
-    )
+    tokens, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    logp, _, hidden = score(tokens.to(device), mask.to(device))
     return 0.0 * (logp.sum() + sum(out.sum() for out in head(hidden)))
 
 
@@ -629,12 +620,9 @@ def update(model, score, head, optimizers, rollouts, indices, config, iteration,
         for micro_batches in minibatches_of(rollouts, indices, config, iteration, epoch):
             # What the weights are divided by, counted once, over all ranks, before the first backward.
             weight = rollouts.extra["leaf_weight"]
-            counts = {"tokens": 0.0, "leaves": 0.0}
-            if micro_batches:
-                rows = torch.cat(micro_batches)
-                counts["tokens"] = (weight[rows, None] * rollouts.mask[rows]).sum().item()
-                counts["leaves"] = weight[rows].sum().item()
-            counts = fsdp.total(counts, ranks)
+            rows = torch.cat([torch.zeros(0, dtype=torch.int64), *micro_batches])
+            tokens = weight[rows, None] * rollouts.mask[rows]
+            counts = fsdp.total({"tokens": tokens.sum().item(), "leaves": weight[rows].sum().item()}, ranks)
             if counts["tokens"] == 0:
                 continue  # no search of this minibatch found a leaf, on any rank
             sums = {}
@@ -650,11 +638,8 @@ def update(model, score, head, optimizers, rollouts, indices, config, iteration,
                     sums[name] = sums.get(name, 0.0) + x
             values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
             measured = fsdp.total(dict(zip(sums, values)), ranks)
-            norms = [
-                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
-                for optimizer in optimizers
-            ]
-            measured["grad_norm"], _ = (fsdp.whole(norm).item() for norm in norms)
+            clip = lambda optimizer: torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+            measured["grad_norm"], _ = (fsdp.whole(clip(optimizer)).item() for optimizer in optimizers)
             for name, x in measured.items():
                 if not math.isfinite(x):
                     raise FloatingPointError(f"iteration {iteration}: {name} is {x}")
@@ -693,9 +678,8 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
 
 def some_samples(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
     """Rows for samples.jsonl: one leaf of each of a few problems, chosen by (seed, iteration), wherever they are."""
-    chosen = random.Random(f"samples {config.seed} {iteration}").sample(
-        range(config.problems_per_iteration), min(config.samples, config.problems_per_iteration)
-    )
+    N = config.problems_per_iteration
+    chosen = random.Random(f"samples {config.seed} {iteration}").sample(range(N), min(config.samples, N))
     rows = {}
     for p, index in enumerate(indices):
         own = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
@@ -713,36 +697,38 @@ def what_failed(error, ranks):
     rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes (--dry-run says what needs what)"
-    if isinstance(error, (FloatingPointError, LookupError, OSError, reward_module.RewardError)) and not isinstance(error, (KeyError, IndexError)):
+    outside = (FloatingPointError, LookupError, OSError, reward_module.RewardError)
+    if isinstance(error, outside) and not isinstance(error, (KeyError, IndexError)):
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
         return f"{rank}another rank has ended, and its own message says why"
     return ""
 
 
-def other_logs(config):
-    """Where the rows of metrics.jsonl go too, for --wandb and --tensorboard: a list of functions of (numbers, iteration)."""
-    logs, writers = [], []
+def other_logs(config, first):
+    """Where the rows of metrics.jsonl go too, from iteration `first`: a list of functions of (numbers by name, iteration)."""
+    logs = []
     if config.wandb:
         import wandb
 
         try:
-            run = wandb.init(project="apo", name=config.output_dir, config=dataclasses.asdict(config))
+            logs.append(wandb.init(project="apo", name=config.output_dir, config=dataclasses.asdict(config)).log)
         except Exception as error:  # nobody is logged in, no network
             raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
-        logs.append(run.log)
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        def write_scalars(numbers, iteration):
-            if not writers:  # with the first row; a resumed run takes back what lies after its checkpoint
-                writers.append(SummaryWriter(config.output_dir, purge_step=iteration))
-            for name, x in numbers.items():
-                writers[0].add_scalar(name, x, iteration)
-            writers[0].flush()
-
-        logs.append(write_scalars)
+        # Opened by the first row, when the folder is ours.  A resumed run takes back what lies after its checkpoint.
+        writer = functools.cache(lambda: SummaryWriter(config.output_dir, purge_step=first))
+        logs.append(lambda row, n: [*(writer().add_scalar(name, x, n) for name, x in row.items()), writer().flush()])
     return logs
+
+
+SHOWN = (  # of a row of metrics.jsonl on the terminal: word, name, format
+    ("accuracy", "rollout_accuracy", ".3f"), ("reward", "reward_mean", "+.2f"), ("length", "completion_length", "5.1f"),
+    ("leaves", "leaves", ".1f"), ("kl", "approx_kl", ".4f"), ("clip", "clip_fraction", ".2f"),
+    ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
+)  # fmt: skip
 
 
 class Clock:
@@ -867,9 +853,8 @@ def main(argv=None):
             raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
         on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
         source, state = fsdp.everyone(on_main(lambda: find_start(config, args)), ranks)[0]
-        model, tokenizer, head, base, train_file, eval_set = fsdp.agree(
-            lambda: load_everything(config, source, reward, ranks), ranks
-        )
+        loaded = fsdp.agree(lambda: load_everything(config, source, reward, ranks), ranks)
+        model, tokenizer, head, base, train_file, eval_set = loaded
         if state.get("reward_bounds", [*reward.bounds]) != [*reward.bounds]:
             raise ValueError(f"--reward: its bounds are not the {state['reward_bounds']} that {source} was trained with")
         shard = functools.partial(fsdp.shard, ranks=ranks, offload=config.cpu_offload)
@@ -882,7 +867,7 @@ def main(argv=None):
         ]
         if source:
             fsdp.agree(lambda: restore(source, model, head, optimizers), ranks)
-        others = on_main(lambda: [] if args.eval_only else other_logs(config)) or []
+        others = on_main(lambda: [] if args.eval_only else other_logs(config, state["iteration"] + bool(source))) or []
     except (ValueError, OSError) as error:
         refuse(str(error)) if ranks is None or ranks.is_main else sys.exit(2)
     score = fsdp.through(model, policy.score)
@@ -971,8 +956,8 @@ def main(argv=None):
                 advantages = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)[:, None] * mask
             else:
                 advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
-            soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
-            rollouts.extra = {"rewards": rewards, "soft_targets": soft_targets, "leaf_weight": leaf_weight, "advantages": advantages}
+            rollouts.extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}
+            rollouts.extra["soft_targets"] = value_module.soft_target(rewards, *reward.bounds, config.beta)
             learned = summarise(rollouts, texts, verdicts, problems, ranks)
             if learned["leaves"] == 0:
                 raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
@@ -1003,14 +988,7 @@ def main(argv=None):
                     evaluate_into(row)
                 record(row)
                 log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
-                line = f"{n:4d}/{config.iterations}" + "".join(
-                    f"  {word} {row[name]:{form}}"
-                    for word, name, form in (
-                        ("accuracy", "rollout_accuracy", ".3f"), ("reward", "reward_mean", "+.2f"), ("length", "completion_length", "5.1f"),
-                        ("leaves", "leaves", ".1f"), ("kl", "approx_kl", ".4f"), ("clip", "clip_fraction", ".2f"),
-                        ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
-                    )
-                )  # fmt: skip
+                line = f"{n:4d}/{config.iterations}" + "".join(f"  {word} {row[name]:{form}}" for word, name, form in SHOWN)
                 if ranks.is_main:
                     tqdm.write(line + (f"  | eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
                     sys.stdout.flush()

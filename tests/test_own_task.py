@@ -225,7 +225,8 @@ def test_eval_says_it_in_one_sentence(files, tmp_path):
 
 def test_a_run_goes_on_with_its_own_reward_only(finished, files, tmp_path, capsys):
     """Another reward, none, other bounds, or a checkpoint from before there was the flag: refused, and by name."""
-    resume = [*SMALL, *files, "--iterations", "3", "--resume", finished / "checkpoint_iter_2", "--output-dir", tmp_path / "run"]
+    resume = [*SMALL, *files, "--problems-per-iteration", "16", "--iterations", "3",
+              "--resume", finished / "checkpoint_iter_2", "--output-dir", tmp_path / "run"]  # fmt: skip
     assert "--reward" in ended(capsys, 2, resume)
     assert "--reward" in ended(capsys, 2, [*resume, *own(tmp_path, "return 1.0")])
     state_path = finished / "checkpoint_iter_2" / "trainer_state.json"
