@@ -151,9 +151,10 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
 # ------------------------------------------------------------------------------------------ problems from a file
 
 
-def read_problems(path, prefill=None):
+def read_problems(path, prefill=None, any_answer=False):
     """Problems of a jsonl file: one object a line with `prompt` (text) and `answer` (whole number, or its digits);
-    `difficulty` and `prefill` if you like.  Raises ValueError that names the line, OSError if it cannot be read."""
+    `difficulty` and `prefill` if you like.  any_answer: any JSON will do, or none; a reward of one's own reads it.
+    Raises ValueError that names the line, OSError if it cannot be read."""
     problems = []
     with open(path, "rb") as file:  # bytes: json decodes each line, so that one that is not UTF-8 can be named too
         for number, line in enumerate(file, start=1):
@@ -166,17 +167,20 @@ def read_problems(path, prefill=None):
                 raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected an object with the keys prompt and answer")
-            for key in ("prompt", "answer"):
+            for key in ("prompt",) if any_answer else ("prompt", "answer"):
                 if key not in row:
                     raise ValueError(f"{where}: the key {key} is missing")
             if not isinstance(row["prompt"], str) or not row["prompt"]:
                 raise ValueError(f"{where}: prompt must be a text that is not empty")
-            if isinstance(row["answer"], bool) or not re.fullmatch(r"[+-]?[0-9]{1,90}", str(row["answer"])):
-                raise ValueError(f"{where}: answer must be a whole number, not {row['answer']!r}")
+            answer = row.get("answer")
+            if not any_answer:
+                if isinstance(answer, bool) or not re.fullmatch(r"[+-]?[0-9]{1,90}", str(answer)):
+                    raise ValueError(f"{where}: answer must be a whole number, not {answer!r}")
+                answer = int(answer)
             given = row.get("prefill", "") if prefill is None else prefill
             if not isinstance(given, str):
                 raise ValueError(f"{where}: prefill must be a text")
-            problems.append(Problem(row["prompt"], int(row["answer"]), str(row.get("difficulty", "all")), given))
+            problems.append(Problem(row["prompt"], answer, str(row.get("difficulty", "all")), given))
     if not problems:
         raise ValueError(f"{path}: no problems in it")
     return problems

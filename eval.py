@@ -64,16 +64,17 @@ def interval(shares, draws=1, z=1.959964):
     return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
 
 
-def majority(votes, truth):
-    """1 if the answer with most votes is right, else 0; if answers lead together, the chance that a coin picks it.
-    votes: (answer, weight) of each completion; one without an answer, None, does not vote."""
-    weights = {}
-    for answer, weight in votes:
+def majority(votes):
+    """1 if the answer with most votes is right, else 0; if answers lead together, the chance that a coin picks a right one.
+    votes: (answer, weight, is it right?) of each completion; one without an answer, None, does not vote."""
+    weights, right = {}, {}
+    for answer, weight, correct in votes:
         if answer is not None:
             weights[answer] = weights.get(answer, 0.0) + weight
+            right[answer] = correct
     most = max(weights.values(), default=0.0)
     leaders = [answer for answer, weight in weights.items() if weight >= most * (1 - 1e-9)]  # equal but for rounding
-    return (truth in leaders) / max(1, len(leaders))
+    return sum(right[answer] for answer in leaders) / max(1, len(leaders))
 
 
 def answers(row, decode):
@@ -89,7 +90,7 @@ def scores(row, decode):
     names = {"accuracy": "correct", "format": "formatted", "completion_length": "tokens", "truncated": "truncated"}
     figures = {name: share(key) for name, key in names.items()}
     if decode != "greedy":
-        figures["majority"] = majority(((c["answer"], c["weight"]) for c in row["completions"]), row["truth"])
+        figures["majority"] = majority((c["answer"], c["weight"], c["correct"]) for c in row["completions"])
     if decode == "astar":
         figures["found"] = float(any(c["correct"] for c in row["completions"]))
     if decode == "sample":
@@ -175,7 +176,7 @@ def judge(rollouts, tokenizer, problems, reward, max_new_tokens):
     texts = texts_of(rollouts, tokenizer, problems)
     lengths = (rollouts.length - rollouts.prompt_length).tolist()
     facts = zip(texts, rollouts.problem.tolist(), lengths, rollouts.truncated.tolist())
-    return texts, [reward(text, problems[p].answer, length / max_new_tokens, cut) for text, p, length, cut in facts]
+    return texts, [reward.judge(problems[p], text, length / max_new_tokens, cut) for text, p, length, cut in facts]
 
 
 def is_right(tokenizer, problems, reward, max_new_tokens):
@@ -184,7 +185,7 @@ def is_right(tokenizer, problems, reward, max_new_tokens):
     def done(leaf):
         problem, path = problems[leaf.problem], leaf.path()
         text = tokenizer.decode(path if leaf.truncated else path[:-1], skip_special_tokens=True)
-        return reward(problem.prefill + text, problem.answer, leaf.depth / max_new_tokens, leaf.truncated)["correct"]
+        return reward.judge(problem, problem.prefill + text, leaf.depth / max_new_tokens, leaf.truncated)["correct"]
 
     return done
 
@@ -252,11 +253,12 @@ def load_head(folder, model):
         return None
     try:
         with open(state) as file:
-            config = json.load(file)["config"]
+            state = json.load(file)
         weights = load_file(path)
         head = value_module.ValueHead(model.config.get_text_config().hidden_size, weights["inner.weight"].shape[0])
         head.load_state_dict(weights)
-        bounds = reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
+        config = state["config"]  # a run without bounds is older than rewards of one's own
+        bounds = state.get("reward_bounds") or reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
         return guide(head.to(model.device), bounds, config["beta"])
     except Exception as error:  # truncated, of another model, edited by hand: whatever it is, there is no head to use
         raise ValueError(f"{folder}: its value head cannot be read ({type(error).__name__})") from None
@@ -293,7 +295,9 @@ def worst(rows, decode, each):
         for c in judged:
             if c["truncated"] or not c["formatted"] or not c["correct"]:
                 (cut if c["truncated"] else wrong if c["formatted"] else malformed).append((row, c))
-    wrong.sort(key=lambda pair: abs(pair[1]["answer"] - pair[0]["truth"]))
+    numbers = [pair for pair in wrong if isinstance(pair[1]["answer"], int) and isinstance(pair[0]["truth"], int)]
+    if numbers == wrong:
+        wrong.sort(key=lambda pair: abs(pair[1]["answer"] - pair[0]["truth"]))
     return {kind: (len(pairs), pairs[:each]) for kind, pairs in faults.items() if pairs}
 
 
@@ -390,6 +394,7 @@ def main(argv=None):
     parser.add_argument("--prompt", choices=tuple(data.PROMPTS), default="terse", help="prompt style")
     parser.add_argument("--prefill", help="text the completion is made to begin with, such as '<think>'")
     parser.add_argument("--eval-file", help="a jsonl file of problems with prompt and answer instead of made ones")
+    parser.add_argument("--reward", default="", metavar="FILE.py:FUNCTION", help="a reward of your own")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--tau", type=float, default=0.0, help="temperature of the search's noise (astar)")
     parser.add_argument("--width", type=int, default=2, help="nodes of a problem run at once (astar)")
@@ -416,8 +421,9 @@ def main(argv=None):
             raise ValueError("--seed must lie in [0, 2^31], and --show must be 0 or more")
         if not 0 <= args.tau <= 1:
             raise ValueError(f"--tau must lie in [0, 1], not {args.tau}")
+        reward = reward_module.load(args.reward)
         if args.eval_file:
-            problems = data.read_problems(args.eval_file, args.prefill)
+            problems = data.read_problems(args.eval_file, args.prefill, bool(args.reward))
             if args.n and args.n > len(problems):
                 raise ValueError(f"{args.eval_file} holds only {len(problems)} problems, fewer than the {args.n} asked for")
             problems = problems[: args.n]
@@ -435,7 +441,7 @@ def main(argv=None):
         unread = isinstance(error, OSError) and error.filename
         parser.error(f"{error.filename} cannot be read ({error.strerror})" if unread else str(error))
     result, rows = evaluate(
-        model, tokenizer, problems, reward_module.Reward(), ranks, decode=args.decode, n=args.completions, tau=args.tau,
+        model, tokenizer, problems, reward, ranks, decode=args.decode, n=args.completions, tau=args.tau,
         width=args.width, max_new_tokens=args.max_new_tokens, max_nodes=args.max_nodes, value=value, seed=args.seed,
     )  # fmt: skip
     status = 0
@@ -459,3 +465,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("eval.py: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except reward_module.RewardError as error:
+        sys.exit(f"eval.py: {error}")

@@ -8,9 +8,15 @@ Thinking itself is never paid for.  A completion is the *prefill* (a <think> tha
 model wrote; the prompt is never read, so that an answer given in it cannot count.
 
     python reward.py        # a table of completions and what they earn
+
+Another task brings a function of its own, --reward FILE.py:FUNCTION (`OwnReward`).
 """
 
+import math
+import numbers
+import os
 import re
+import runpy
 from dataclasses import dataclass
 
 ANSWER = re.compile(r"<answer>([^<>]*)</answer>")
@@ -79,6 +85,71 @@ class Reward:
         formatted = not truncated and well_formed(completion)
         reward = (1.0 if correct else -1.0) + self.format_bonus * formatted - self.length_penalty * length_fraction
         return {"reward": reward, "correct": correct, "formatted": formatted, "answer": said}
+
+    def judge(self, problem, completion, length_fraction=0.0, truncated=False):
+        """The same for a problem that holds its answer."""
+        return self(completion, problem.answer, length_fraction, truncated)
+
+
+def short(thing):
+    """Its repr, the middle left out of a long one."""
+    text = repr(thing)
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+
+
+class RewardError(ValueError):
+    """A user's function failed on a completion; the message is one sentence that shows it."""
+
+
+@dataclass(frozen=True)
+class OwnReward:
+    """A user's function(problem, completion) in Reward's place, made by `load`.
+
+    problem: a data.Problem, its `answer` whatever JSON the line of the file holds; completion: text, prefill included.
+    It returns a number within `bounds` (r_lo, r_hi), or a dict with `reward` and, if it likes, `correct` (else: is the
+    reward r_hi?), `formatted` (else True) and `answer`, what majority votes count (else the completion).  It is not asked about a truncated completion: that earns r_lo.
+    """
+
+    name: str
+    function: object
+    bounds: tuple
+
+    def judge(self, problem, completion, length_fraction=0.0, truncated=False):
+        """{reward, correct, formatted, answer} of one completion, as Reward has it.  Raises RewardError."""
+        lo, hi = self.bounds
+        if truncated:
+            return {"reward": lo, "correct": False, "formatted": False, "answer": None}
+        try:
+            said = self.function(problem, completion)
+            parts = said if isinstance(said, dict) else {"reward": said}
+            reward = parts.get("reward")
+            if isinstance(reward, numbers.Real) and lo - 1e-6 <= reward <= hi + 1e-6:  # a sum of shares may be rounded
+                correct, formatted = parts.get("correct", reward >= hi - 1e-6), parts.get("formatted", True)
+                answer = str(parts.get("answer", completion))
+                return {"reward": float(reward), "correct": bool(correct), "formatted": bool(formatted), "answer": answer}
+            what = f"returned {short(said)}, not a number from {lo:g} to {hi:g}"
+        except Exception as error:  # whatever a user's function may raise
+            what = f"raised {type(error).__name__} ({error})"
+        place = f"for the prompt {short(problem.prompt)} and the completion {short(completion)}"
+        raise RewardError(f"--reward {self.name} {' '.join(what.split())} {place}")
+
+
+def load(name="", format_bonus=0.1, length_penalty=0.0):
+    """The reward of a run: what --reward FILE.py:FUNCTION names, or for "" the built-in one.  Raises ValueError."""
+    if not name:
+        return Reward(format_bonus, length_penalty)
+    file, _, function = name.rpartition(":")
+    if not os.path.isfile(file):
+        raise ValueError(f"--reward {name}: expected FILE.py:FUNCTION, and there is no file {file!r}")
+    try:
+        function = runpy.run_path(file)[function]
+        lo, hi = map(float, function.bounds)
+    except Exception as error:  # whatever a user's file may raise
+        what = " ".join(f"{type(error).__name__} ({error})".split())
+        raise ValueError(f"--reward {name}: {what}; it takes a function with .bounds = (lowest, highest)") from None
+    if not -math.inf < lo < hi < math.inf:
+        raise ValueError(f"--reward {name}: bounds must be two finite numbers, lowest first, not {function.bounds}")
+    return OwnReward(name, function, (lo, hi))
 
 
 def main():

@@ -17,8 +17,10 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import json
 import math
+import operator
 import os
 import random
 import resource
@@ -61,6 +63,7 @@ class Config:
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
     train_file: str = flag("", "jsonl file of training problems with prompt and answer, instead of made ones")
     eval_file: str = flag("", "jsonl file of evaluation problems")
+    reward: str = flag("", "FILE.py:FUNCTION, a reward of your own; then the two sizes below mean nothing")
     format_bonus: float = flag(0.1, "added to the reward of a well-formed completion", low=0)
     length_penalty: float = flag(0.0, "taken off the reward of a completion of full length, in proportion", low=0)
     # rollouts
@@ -99,9 +102,7 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     freeze_blocks: int = flag(0, "keep the embeddings and the first n blocks as they are", low=0)
     gradient_checkpointing: str = flag("off", "recompute activations in the backward pass", choices=("on", "off"))
-    mixed_precision: str = flag(
-        "off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16")
-    )
+    mixed_precision: str = flag("off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16"))
     # the run
     seed: int = flag(0, "of problems, noise and order; the same seed gives the same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -114,6 +115,8 @@ class Config:
     checkpoint_every: int = flag(10, "iterations between checkpoints (there is one at the end)", low=1)
     keep_checkpoints: int = flag(2, "older checkpoints than the newest n are removed", low=1)
     samples: int = flag(4, "rollouts an iteration written to samples.jsonl", low=0)
+    wandb: bool = flag(False, "log to Weights & Biases too")
+    tensorboard: bool = flag(False, "log to TensorBoard too, in the output folder")
     resume: str = flag("", "auto: from the newest checkpoint of the output folder; or a checkpoint folder")
     overwrite: bool = flag(False, "remove the run that the output folder holds")
 
@@ -129,7 +132,7 @@ PRESETS = {
 # May differ between a run and its continuation.  More iterations stretch the cosine of the learning rate.
 FREE_ON_RESUME = set(
     "iterations device distributed cpu_offload output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
-    "micro_batch model rollout_batch".split()
+    "micro_batch model rollout_batch wandb tensorboard".split()
 )
 
 
@@ -173,20 +176,17 @@ def check(config):
         x, name = getattr(config, f.name), "--" + f.name.replace("_", "-")
         if isinstance(x, float) and not math.isfinite(x):
             raise ValueError(f"{name} must be a finite number, not {x}")
-        for bound, fails, words in (
-            ("low", lambda b: x < b, "at least"),
-            ("high", lambda b: x > b, "at most"),
-            ("above", lambda b: x <= b, "above"),
-        ):
+        for bound, fails, words in (("low", operator.lt, "at least"), ("high", operator.gt, "at most"), ("above", operator.le, "above")):
             b = f.metadata[bound]
-            if b is not None and fails(b):
+            if b is not None and fails(x, b):
                 raise ValueError(f"{name} must be {words} {b}, not {x}")
     data.parse_digits(config.digits)
-    reward_module.Reward(config.format_bonus, config.length_penalty)
-    if config.minibatches > config.problems_per_iteration:
-        raise ValueError(
-            f"--minibatches {config.minibatches} is more than --problems-per-iteration {config.problems_per_iteration}"
-        )
+    parts, N = config.minibatches, config.problems_per_iteration
+    if parts > N:
+        raise ValueError(f"--minibatches {parts} is more than --problems-per-iteration {N}")
+    for package in ("wandb", "tensorboard"):
+        if getattr(config, package) and not importlib.util.find_spec(package):
+            raise ValueError(f"--{package}: the package is not installed: pip install {package}")
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite contradict each other")
 
@@ -237,9 +237,7 @@ def inspect_output(config):
     if config.resume == "auto":
         return found[::-1]
     if (held or found) and not config.overwrite:
-        raise ValueError(
-            f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir"
-        )
+        raise ValueError(f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir")
     return []
 
 
@@ -296,8 +294,7 @@ def append(path, rows):
     """Lines of JSON at the end of a file, on the disk when this returns."""
     with open(path, "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(path)
 
 
 def cut_back(path, iteration):
@@ -405,18 +402,16 @@ def restore(folder, model, head, optimizers):
                 tensor, parameter = moments.get_tensor(full_name), parameters.get(name)
                 if parameter is None or (key != "step" and tensor.shape != parameter.shape):
                     raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
-                placed = tensor if key == "step" else fsdp.placed(tensor, parameter)
-                optimizer.state[parameter][key] = placed
+                optimizer.state[parameter][key] = tensor if key == "step" else fsdp.placed(tensor, parameter)
 
 
 def check_same_run(config, saved, folder):
     """Raise ValueError if a flag that shapes the run is not the one the checkpoint was made with."""
-    for name, x in saved.items():
+    for name, x in (dataclasses.asdict(Config()) | saved).items():  # a flag younger than the checkpoint was at its default
         free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
-        if not free and getattr(config, name, x) != x:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} differs from the {x} that {folder} was trained with"
-            )
+        given, flag_name = getattr(config, name, x), name.replace("_", "-")
+        if not free and given != x:
+            raise ValueError(f"--{flag_name} {given} differs from the {x} that {folder} was trained with")
 
 
 class Signals:
@@ -459,12 +454,13 @@ class Signals:
 # ================================================================================================ the phases
 
 
-def load_everything(config, source, ranks):
+def load_everything(config, source, reward, ranks):
     """What a run needs besides the optimisers: (model, tokenizer, value head, base model for apo or None, problems of
     --train-file or None, evaluation problems).  Raises ValueError with the first thing that is wrong."""
-    train_file = data.read_problems(config.train_file) if config.train_file else None
+    read = functools.partial(data.read_problems, any_answer=bool(config.reward))
+    train_file = read(config.train_file) if config.train_file else None
     if config.eval_file:
-        eval_set = data.read_problems(config.eval_file)[: config.eval_problems]
+        eval_set = read(config.eval_file)[: config.eval_problems]
     else:
         eval_set = data.eval_problems(config.eval_problems, config.digits, config.prompt)
     # A model to be sharded is loaded on the CPU; each block moves to the device when it is split.
@@ -474,6 +470,9 @@ def load_everything(config, source, ranks):
     )
     astar_search.check_model(model)
     examples = train_file or [data.train_problem(config.seed, 0, i, config.digits, config.prompt) for i in range(64)]
+    for problem in (examples[0], eval_set[0]):  # a reward of one's own may fail: now, and not after hours
+        for text in ("", f"<answer>{problem.answer}</answer>"):
+            reward.judge(problem, problem.prefill + text)
     longest = max(map(len, evaluation.encode(tokenizer, examples + eval_set)))
     policy.check_context(model, longest, config.max_new_tokens)
     check_possible(config, model.get_output_embeddings().weight.shape[0])
@@ -569,6 +568,21 @@ def score_all(model, rollouts, micro_batches, device):
     return logprobs
 
 
+def credit(rollouts, verdicts, reward, config):
+    """What the losses need of each leaf: {rewards, soft_targets, leaf_weight (B,), advantages (B, T-1)}."""
+    rewards, mask = torch.tensor([verdict["reward"] for verdict in verdicts]), rollouts.mask
+    soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
+    counted = rollouts.weight if config.leaf_weights == "on" else rollouts.count.float()
+    leaf_weight = policy.normalise_weights(counted, rollouts.problem)
+    if config.loss == "grpo":
+        advantages = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)[:, None] * mask
+    elif config.loss == "em":
+        advantages = policy.em_advantages(soft_targets, leaf_weight, rollouts.problem)[:, None] * mask
+    else:
+        advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
+    return {"rewards": rewards, "soft_targets": soft_targets, "leaf_weight": leaf_weight, "advantages": advantages}
+
+
 def losses(score, head, part, config, token_total, leaf_total):
     """Policy and value loss of one micro-batch of rollouts, on its device: (loss, metrics), both sums over the
     micro-batch divided by totals of the whole minibatch, so that micro-batches and ranks add up."""
@@ -587,8 +601,7 @@ def losses(score, head, part, config, token_total, leaf_total):
     metrics |= policy.ratio_metrics(logp, part.logprobs, entropy, token_weights, config.clip)
     V, u_logit = head(hidden)
     returns = value_module.monte_carlo_returns(extra["rewards"], mask)
-    bounds = reward_module.Reward(config.format_bonus, config.length_penalty).bounds
-    targets = value_module.soft_target(returns, *bounds, config.beta)
+    targets = value_module.monte_carlo_returns(extra["soft_targets"], mask)
     value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, token_weights)
     return policy_loss + value_loss, metrics | value_metrics
 
@@ -596,9 +609,8 @@ def losses(score, head, part, config, token_total, leaf_total):
 def idle_loss(score, head, device):
     """Zero, by way of every weight: a rank with fewer micro-batches than another still joins the gathering of weights
     and the adding up of gradients, which wait for all ranks."""
-    logp, _, hidden = score(
-        torch.zeros(1, 2, dtype=torch.int64, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
-    )
+    tokens, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    logp, _, hidden = score(tokens.to(device), mask.to(device))
     return 0.0 * (logp.sum() + sum(out.sum() for out in head(hidden)))
 
 
@@ -606,8 +618,8 @@ def update(model, score, head, optimizers, rollouts, indices, config, iteration,
     """Passes of the loss over one batch of rollouts, an optimiser step a minibatch.
 
     score(tokens, mask): policy.score of the model, through FSDP's hooks.  indices: global numbers of this rank's
-    problems.  rollouts.extra holds `rewards`, `leaf_weight` (B,), `advantages` (B, T-1), and for apo `optimal_value`
-    (B,), `ref_logprobs` (B, T-1).  Returns metrics, averaged over the steps, the same on all ranks.  Raises
+    problems.  rollouts.extra holds `rewards`, `soft_targets`, `leaf_weight` (B,), `advantages` (B, T-1), and for apo
+    `optimal_value` (B,), `ref_logprobs` (B, T-1).  Returns metrics, averaged over the steps, the same on all ranks.  Raises
     FloatingPointError at a NaN, before the step that would spread it.
     """
     for optimizer, rate in zip(optimizers, (config.learning_rate, config.value_learning_rate)):
@@ -619,12 +631,9 @@ def update(model, score, head, optimizers, rollouts, indices, config, iteration,
         for micro_batches in minibatches_of(rollouts, indices, config, iteration, epoch):
             # What the weights are divided by, counted once, over all ranks, before the first backward.
             weight = rollouts.extra["leaf_weight"]
-            counts = {"tokens": 0.0, "leaves": 0.0}
-            if micro_batches:
-                rows = torch.cat(micro_batches)
-                counts["tokens"] = (weight[rows, None] * rollouts.mask[rows]).sum().item()
-                counts["leaves"] = weight[rows].sum().item()
-            counts = fsdp.total(counts, ranks)
+            rows = torch.cat([torch.zeros(0, dtype=torch.int64), *micro_batches])
+            tokens = weight[rows, None] * rollouts.mask[rows]
+            counts = fsdp.total({"tokens": tokens.sum().item(), "leaves": weight[rows].sum().item()}, ranks)
             if counts["tokens"] == 0:
                 continue  # no search of this minibatch found a leaf, on any rank
             sums = {}
@@ -640,11 +649,8 @@ def update(model, score, head, optimizers, rollouts, indices, config, iteration,
                     sums[name] = sums.get(name, 0.0) + x
             values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
             measured = fsdp.total(dict(zip(sums, values)), ranks)
-            norms = [
-                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
-                for optimizer in optimizers
-            ]
-            measured["grad_norm"], _ = (fsdp.whole(norm).item() for norm in norms)
+            clip = lambda optimizer: torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
+            measured["grad_norm"], _ = (fsdp.whole(clip(optimizer)).item() for optimizer in optimizers)
             for name, x in measured.items():
                 if not math.isfinite(x):
                     raise FloatingPointError(f"iteration {iteration}: {name} is {x}")
@@ -683,20 +689,14 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
 
 def some_samples(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
     """Rows for samples.jsonl: one leaf of each of a few problems, chosen by (seed, iteration), wherever they are."""
-    chosen = random.Random(f"samples {config.seed} {iteration}").sample(
-        range(config.problems_per_iteration), min(config.samples, config.problems_per_iteration)
-    )
+    N = config.problems_per_iteration
+    chosen = random.Random(f"samples {config.seed} {iteration}").sample(range(N), min(config.samples, N))
     rows = {}
     for p, index in enumerate(indices):
         own = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
         if index in chosen and own:
             i = random.Random(f"leaf {config.seed} {iteration} {index}").choice(own)
-            row = {
-                "iteration": iteration,
-                "prompt": problems[p].prompt,
-                "completion": texts[i],
-                "truth": problems[p].answer,
-            }
+            row = {"iteration": iteration, "prompt": problems[p].prompt, "completion": texts[i], "truth": problems[p].answer}
             numbers = {"weight": rollouts.extra["leaf_weight"][i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
             rows[index] = row | verdicts[i] | {name: x.item() for name, x in numbers.items()}
     told = {int(index): row for part in fsdp.everyone(rows, ranks) for index, row in part.items()}
@@ -708,11 +708,38 @@ def what_failed(error, ranks):
     rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes (--dry-run says what needs what)"
-    if isinstance(error, (FloatingPointError, LookupError, OSError)) and not isinstance(error, (KeyError, IndexError)):
+    outside = (FloatingPointError, LookupError, OSError, reward_module.RewardError)
+    if isinstance(error, outside) and not isinstance(error, (KeyError, IndexError)):
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
         return f"{rank}another rank has ended, and its own message says why"
     return ""
+
+
+def other_logs(config, first):
+    """Where the rows of metrics.jsonl go too, from iteration `first`: a list of functions of (numbers by name, iteration)."""
+    logs = []
+    if config.wandb:
+        import wandb
+
+        try:
+            logs.append(wandb.init(project="apo", name=config.output_dir, config=dataclasses.asdict(config)).log)
+        except Exception as error:  # nobody is logged in, no network
+            raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Opened by the first row, when the folder is ours.  A resumed run takes back what lies after its checkpoint.
+        writer = functools.cache(lambda: SummaryWriter(config.output_dir, purge_step=first))
+        logs.append(lambda row, n: [*(writer().add_scalar(name, x, n) for name, x in row.items()), writer().flush()])
+    return logs
+
+
+SHOWN = (  # of a row of metrics.jsonl on the terminal: word, name, format
+    ("accuracy", "rollout_accuracy", ".3f"), ("reward", "reward_mean", "+.2f"), ("length", "completion_length", "5.1f"),
+    ("leaves", "leaves", ".1f"), ("kl", "approx_kl", ".4f"), ("clip", "clip_fraction", ".2f"),
+    ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
+)  # fmt: skip
 
 
 class Clock:
@@ -795,16 +822,12 @@ def dry_run(config, gpu_memory=None):
         prompt = max(map(len, evaluation.encode(policy.load_tokenizer(config.model), problems)))
         known = "the longest of 64 problems"
     except ValueError:
-        prompt, known = (
-            max(len(problem.prompt) for problem in problems) // 3,
-            "no tokenizer: taken as 3 characters a token",
-        )
+        prompt = max(len(problem.prompt) for problem in problems) // 3
+        known = "no tokenizer: taken as 3 characters a token"
     policy.check_context(model, prompt, config.max_new_tokens)
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     activations = policy.activation_bytes(model, dtype)
-    print(
-        f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(policy.blocks_of(model))} blocks"
-    )
+    print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(policy.blocks_of(model))} blocks")
     print(f"prompts of {prompt} tokens ({known}); a block keeps {activations:,.0f} bytes a token for the backward pass")
     print("GiB of a rank, at most; rollouts and update are the peaks on the GPU\n")
     this = (int(os.environ.get("WORLD_SIZE", 1)), config.cpu_offload)
@@ -813,17 +836,11 @@ def dry_run(config, gpu_memory=None):
         need = memory(config, model, prompt, activations, *setting)
         if not peaks:
             print("ranks  offload" + "".join(f"{name:>12s}" for name in need))
-        print(
-            f"{setting[0]:5d}  {'on' if setting[1] else 'off':>7s}"
-            + "".join(f"{x / 2**30:12.2f}" for x in need.values())
-        )
+        numbers = "".join(f"{x / 2**30:12.2f}" for x in need.values())
+        print(f"{setting[0]:5d}  {'on' if setting[1] else 'off':>7s}{numbers}")
         peaks[setting] = max(need["rollouts"], need["update"]) / 2**30
     if gpu_memory and peaks[this] > gpu_memory:
-        fits = [
-            f"{ranks} ranks{' with --cpu-offload' * offload}"
-            for (ranks, offload), peak in peaks.items()
-            if peak <= gpu_memory
-        ]
+        fits = [f"{n} ranks{' with --cpu-offload' * offload}" for (n, offload), peak in peaks.items() if peak <= gpu_memory]
         instead = f"it fits on {fits[0]}" if fits else "lower --rollout-batch, --max-nodes or --micro-batch"
         raise ValueError(f"--gpu-memory {gpu_memory:g}: a rank needs {peaks[this]:.1f} GiB; {instead}")
 
@@ -842,15 +859,17 @@ def main(argv=None):
     # ------------------------------------------------------------------ set-up: all that can be wrong is said here
     ranks = None
     try:
+        reward = reward_module.load(config.reward, config.format_bonus, config.length_penalty)
         bf16 = config.mixed_precision == "bf16"
         ranks = fsdp.start(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
         if config.cpu_offload and ranks.device.type == "cpu":
             raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
         on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
         source, state = fsdp.everyone(on_main(lambda: find_start(config, args)), ranks)[0]
-        model, tokenizer, head, base, train_file, eval_set = fsdp.agree(
-            lambda: load_everything(config, source, ranks), ranks
-        )
+        loaded = fsdp.agree(lambda: load_everything(config, source, reward, ranks), ranks)
+        model, tokenizer, head, base, train_file, eval_set = loaded
+        if state.get("reward_bounds", [*reward.bounds]) != [*reward.bounds]:
+            raise ValueError(f"--reward: its bounds are not the {state['reward_bounds']} that {source} was trained with")
         shard = functools.partial(fsdp.shard, ranks=ranks, offload=config.cpu_offload)
         model, head = shard(model, blocks=policy.blocks_of(model), mixed_precision=bf16), shard(head)
         base = base and shard(base, blocks=policy.blocks_of(base), mixed_precision=bf16)
@@ -861,9 +880,9 @@ def main(argv=None):
         ]
         if source:
             fsdp.agree(lambda: restore(source, model, head, optimizers), ranks)
+        others = on_main(lambda: [] if args.eval_only else other_logs(config, state["iteration"] + bool(source))) or []
     except (ValueError, OSError) as error:
         refuse(str(error)) if ranks is None or ranks.is_main else sys.exit(2)
-    reward = reward_module.Reward(config.format_bonus, config.length_penalty)
     score = fsdp.through(model, policy.score)
     value = evaluation.guide(head, reward.bounds, config.beta, config.guide == "head")
 
@@ -888,12 +907,8 @@ def main(argv=None):
     log = append if ranks.is_main else lambda path, rows: None
     clock, iteration, model_tokens, evaluated = Clock(state["seconds"]), state["iteration"], state["model_tokens"], {}
     size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
-    say(
-        f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}"
-    )
-    say(
-        f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}"
-    )
+    say(f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}")
+    say(f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}")
     say(f"on {ranks.device}, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} of {torch.get_num_threads()} threads; "
         f"{len(eval_set)} held-out problems; writing to {config.output_dir}")  # fmt: skip
 
@@ -901,12 +916,19 @@ def main(argv=None):
         with clock.phase("evaluation"):
             result = evaluate()
         evaluated[row["iteration"]] = result["accuracy"]
+        bar.set_description(f"eval {result['accuracy']:.3f}")
         row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
         row |= {"eval_length": result["completion_length"], "seconds": clock.seconds()}
 
+    def record(row):
+        log(metrics_path, [row])
+        nested = {f"{name}/{key}": x for name, part in row.items() if isinstance(part, dict) for key, x in part.items()}
+        for other in others:
+            other({name: x for name, x in (row | nested).items() if isinstance(x, (int, float))}, row["iteration"])
+
     def keep():
         with clock.phase("checkpoint"):
-            progress = {"model_tokens": model_tokens, "seconds": clock.seconds()}
+            progress = {"model_tokens": model_tokens, "seconds": clock.seconds(), "reward_bounds": reward.bounds}
             return save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress, ranks)
 
     bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None if ranks.is_main else True)
@@ -919,10 +941,8 @@ def main(argv=None):
                 say(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
             row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
             evaluate_into(row)
-            log(metrics_path, [row])
-            say(
-                f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}"
-            )
+            record(row)
+            say(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
 
         stopped = signals.any_rank()
         while iteration < config.iterations and not stopped:
@@ -939,20 +959,9 @@ def main(argv=None):
 
             # ------------------------------------------------------------------------------------------ 2. rewards
             texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
-            rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
 
             # ------------------------------------------------------------------- 3. leaf weights and advantages
-            mask = rollouts.mask
-            counted = rollouts.weight if config.leaf_weights == "on" else rollouts.count.float()
-            leaf_weight = policy.normalise_weights(counted, rollouts.problem)
-            if config.loss == "grpo":
-                advantages = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)[:, None] * mask
-            elif config.loss == "em":
-                targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
-                advantages = policy.em_advantages(targets, leaf_weight, rollouts.problem)[:, None] * mask
-            else:
-                advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
-            rollouts.extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}
+            rollouts.extra = credit(rollouts, verdicts, reward, config)
             learned = summarise(rollouts, texts, verdicts, problems, ranks)
             if learned["leaves"] == 0:
                 raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
@@ -966,9 +975,7 @@ def main(argv=None):
                 spent += fsdp.total({"tokens": reference.stats["model_tokens"]}, ranks)["tokens"]
                 optimal = reference_values(reference, tokenizer, problems, reward, config)
                 rollouts.extra |= {"optimal_value": optimal[rollouts.problem], "ref_logprobs": ref_logprobs}
-            if (
-                bf16
-            ):  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
+            if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
                 with clock.phase("update"), fsdp.gathered(model):
                     rollouts.logprobs = score_all(model, rollouts, batches, ranks.device)
 
@@ -983,19 +990,13 @@ def main(argv=None):
                 row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
                 if n % config.eval_every == 0 or n == config.iterations:
                     evaluate_into(row)
-                log(metrics_path, [row])
+                record(row)
                 log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
-                line = f"{n:4d}/{config.iterations}" + "".join(
-                    f"  {word} {row[name]:{form}}"
-                    for word, name, form in (
-                        ("accuracy", "rollout_accuracy", ".3f"), ("reward", "reward_mean", "+.2f"), ("length", "completion_length", "5.1f"),
-                        ("leaves", "leaves", ".1f"), ("kl", "approx_kl", ".4f"), ("clip", "clip_fraction", ".2f"),
-                        ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
-                    )
-                )  # fmt: skip
+                line = f"{n:4d}/{config.iterations}" + "".join(f"  {word} {row[name]:{form}}" for word, name, form in SHOWN)
                 if ranks.is_main:
                     tqdm.write(line + (f"  | eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
                     sys.stdout.flush()
+                bar.set_postfix_str(f"accuracy {row['rollout_accuracy']:.3f}")
                 bar.update()
 
                 # --------------------------------------------------------------------------------- 6. the checkpoint
@@ -1047,3 +1048,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("train.py: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except reward_module.RewardError as error:  # of --eval-only
+        sys.exit(f"train.py: {error}")

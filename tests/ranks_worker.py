@@ -39,6 +39,7 @@ leaf_weight = policy.normalise_weights(rollouts.weight, rollouts.problem)
 rewards = torch.tensor([1.0 if sum(ids) % 3 == 0 else -1.0 for ids in rollouts.completions()])
 advantages = value_module.gae(rewards, rollouts.values, rollouts.mask, 0.95)
 rollouts.extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}
+rollouts.extra["soft_targets"] = value_module.soft_target(rewards, -1.0, 1.1, config.beta)
 optimizers = [torch.optim.SGD(module.parameters(), lr=1.0) for module in (model, head)]
 score = fsdp.through(model, policy.score)
 learned = train.update(model, score, head, optimizers, rollouts, indices, config, 1, ranks)
