@@ -27,7 +27,9 @@ RESULTS = ROOT / "experiments" / "results"
 # 64 problems an iteration and 4 optimiser steps for every method.
 COMMON = ("--problems-per-iteration 64 --minibatches 2 --epochs 2 --warmup 4 --eval-every 10 --eval-problems 500 "
           "--checkpoint-every 1000 --keep-checkpoints 1 --samples 0")  # fmt: skip
-FIND = "--until-right on --cover 0.95 --rollouts-per-problem 16"  # search for the right leaf, and no further
+QUICK = COMMON.replace("--warmup 4 --eval-every 10", "--warmup 1 --eval-every 6")
+FIND = "--until-right on --cover 0.95 --rollouts-per-problem 16"  # draws, until one is right
+BEST_FIRST = "--tau 0 --until-right on --cover 1 --rollouts-per-problem 64"  # plain A*, until a leaf is right
 SAMPLE = "--rollout sample --rollouts-per-problem"
 METHODS = {
     "sampling 4, ppo": f"{SAMPLE} 4 --loss ppo",
@@ -41,6 +43,9 @@ METHODS = {
     "A* h=0, grpo": "--guide none --loss grpo",
     "A* h=0, em": f"--guide none --loss em {FIND}",
     "A* head, em": f"--guide head --loss em {FIND}",
+    "A* tau 0, h=0, em": f"--guide none --loss em {BEST_FIRST} --max-nodes 128",
+    "A* tau 0, head, em": f"--guide head --loss em {BEST_FIRST} --max-nodes 128",
+    "A* tau 0, h=0, ppo": f"--guide none --loss ppo {BEST_FIRST} --max-nodes 128",
     "A* h=0, apo": "--guide none --loss apo",
     "Gumbel without stop by mass, ppo": "--guide none --loss ppo --cover 1",
     "best-first (tau 0, h=0), ppo": "--guide none --loss ppo --tau 0",
@@ -49,22 +54,23 @@ METHODS = {
 }
 
 
-def runs(methods, rates, iterations, base=""):
+def runs(methods, rates, iterations, common=COMMON):
     """name -> flags: every method at every peak learning rate and number of iterations."""
-    return {f"{name}; lr {rate}; {n} iterations": f"{COMMON} {base} {METHODS[name]} --learning-rate {rate} --iterations {n}"
+    return {f"{name}; lr {rate}; {n} iterations": f"{common} {METHODS[name]} --learning-rate {rate} --iterations {n}"
             for n in iterations for name in methods for rate in rates}  # fmt: skip
 
 
-# The hard regime: 3 x 3 digits, a chain of five unreliable steps, right in 3 % of the base's samples.
-HARD = "--model tiny_base/hard --digits 3x3 --max-new-tokens 128 --max-nodes 2048"
-DEEP = "--loss em --until-right on --cover 0.98 --rollouts-per-problem 32"
-METHODS |= {"A* h=0, deep, em": f"--guide none {DEEP}", "A* head, deep, em": f"--guide head {DEEP}"}
-
 RATES = ("2e-4", "4e-4", "1e-4")  # tried for every loss, seed 0
+EM = [name for name in METHODS if name.endswith("em")]
+# The hard regime: 3 x 3 digits, a chain of five unreliable steps, right in 3 % of the base's samples.
+HARD = f"{QUICK} --model tiny_base/hard --digits 3x3 --max-new-tokens 128"
+DEEP = f"--loss em {BEST_FIRST} --max-nodes 512"
+METHODS |= {"A* tau 0, h=0, 512 nodes, em": f"--guide none {DEEP}", "A* tau 0, head, 512 nodes, em": f"--guide head {DEEP}"}
 SUITES = {
-    "base": runs(METHODS, RATES, [40, 80]),
-    "hard": runs([m for m in METHODS if "deep" in m or m.startswith("sampling")], RATES, [30], base=HARD),
-    "weak": runs(METHODS, RATES, [60], base="--model tiny_base/weak"),
+    "base": runs(METHODS, RATES, [40, 80]),  # all methods, 4 iterations of warm-up
+    "quick": runs(EM, RATES, [18, 40, 80], QUICK),  # the em loss, 1 iteration of warm-up
+    "weak": runs(EM, RATES, [24, 60], f"{QUICK} --model tiny_base/weak"),
+    "hard": runs(["A* tau 0, h=0, 512 nodes, em", "A* tau 0, head, 512 nodes, em", "sampling 8, em"], RATES, [24], HARD),
 }
 
 
