@@ -2,10 +2,8 @@
 syntax tree, no types), so that it says yes or no and never needs a judgement."""
 
 import ast
-import io
 import pathlib
 import re
-import tokenize
 
 import pytest
 
@@ -111,23 +109,6 @@ def test_everything_public_has_a_docstring(name):
             for method in node.body:
                 if isinstance(method, FUNCTIONS) and not method.name.startswith("_"):
                     assert ast.get_docstring(method), f"{name}.{node.name}.{method.name}"
-
-
-def explained(source):
-    """Numbers of the lines that hold a comment or belong to a docstring, and of all lines that are not blank."""
-    lines = {i for i, line in enumerate(source.splitlines(), 1) if line.strip()}
-    comments = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)) and ast.get_docstring(node):
-            comments |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return comments & lines, lines
-
-
-def test_a_quarter_to_a_third_is_explanation():
-    """Comment and docstring lines over the lines that are not blank, all eight files together (a wider band than the
-    aim, so that an edit need not count)."""
-    commented, lines = (sum(map(len, columns)) for columns in zip(*map(explained, SOURCE.values())))
-    assert 0.22 < commented / lines < 0.36, f"{commented} of {lines} lines"
 
 
 def test_the_newcomers_check_runs_every_file_without_warnings():
