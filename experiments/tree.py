@@ -103,9 +103,9 @@ def record(tree, prompt, token_text, verdicts=None):
         nodes.append({name: x for name, x in row.items() if x is not None})
     return {
         "prompt": visible(prompt),
-        "options": {name: getattr(tree.options, name) for name in ("K", "tau", "width", "max_new_tokens", "max_nodes")},
+        "K": tree.options.K,
+        "tau": tree.options.tau,
         "rounds": tree.round,
-        "stopped": tree.stopped,
         "why": STOPPED[tree.stopped],
         "pruned": tree.pruned,
         "popped": [place[node] for node in tree.popped],
@@ -141,8 +141,8 @@ def state(node):
     return "expanded" if "order" in node else "pruned" if "dropped" in node else "open"
 
 
-def label(node):
-    """Two lines: the token, with its number among the expanded nodes or the leaves; then the search's numbers."""
+def label(node, numbers):
+    """The token, with its number among the expanded nodes or the leaves; then the numbers of the search, by name."""
     text = node["token"] if len(node["token"]) <= 24 else node["token"][:23] + "\u2026"
     # All but letters and digits as a character code: quotes, brackets, pipes, backticks and # would end something.
     text = "".join(c if c.isalnum() else f"#{ord(c)};" for c in text)
@@ -151,7 +151,7 @@ def label(node):
             "expanded": "({order})"}.get(kind, kind).format(**node)  # fmt: skip
     lines = [f"{sign} {text}"]
     if "f" in node:
-        lines.append(f"f {node['f']:.2f} g {node['g']:.2f} h {node['h']:.2f}")
+        lines.append(" ".join(f"{name} {node[name]:.2f}" for name in numbers))
     if "accepted" in node:
         reward = f"reward {node['reward']:.1f} " if "reward" in node else ""
         lines.append(f"{reward}weight {node['weight']:.3g}")
@@ -174,14 +174,13 @@ def mermaid(facts):
     keys = [(n.get("accepted", last), n.get("order", last), -n.get("f", math.inf)) for n in nodes]
     for i in sorted(range(last), key=keys.__getitem__):
         take(i)
-    lines, length = [], 0
-    for i in list(chosen)[:MERMAID_NODES]:
+    lines, shown = [], list(chosen)[:MERMAID_NODES]
+    for i in shown:
         kind = state(nodes[i])
-        box = SHAPES.get(kind, '(["{}"])').format(label(nodes[i]))
+        box = SHAPES.get(kind, '(["{}"])').format(label(nodes[i], "fgGh" if facts["tau"] > 0 else "fgh"))
         lines.append(f"  n{nodes[i]['parent']} --> n{i}{box}:::{kind}" if i else f"  n0{box}:::{kind}")
-        length += len(lines[-1])
-        if length > MERMAID_TEXT:
-            break
+    while sum(map(len, lines)) > MERMAID_TEXT:
+        lines.pop()
     cut = f"all {last} prefixes that it queued."
     if len(lines) < last:
         cut = (f"{len(lines)} of the {last} prefixes that it queued, for Mermaid holds no more: the paths to the accepted "
@@ -193,7 +192,7 @@ def mermaid(facts):
         "```mermaid",
         "flowchart LR",
         *lines,
-        *(f"  classDef {name} {style}" for name, style in CLASSES.items()),
+        *(f"  classDef {kind} {CLASSES[kind]}" for kind in dict.fromkeys(state(nodes[i]) for i in shown)),
         "```",
         "",
     ])  # fmt: skip
@@ -212,11 +211,13 @@ def truth(prompt, answer):
 
 
 def write(path, text):
-    """Written aside and renamed: a reader sees the old file or the new one.  Raises OSError."""
+    """Written aside and renamed: a reader sees the old file or the new one.  Raises ValueError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(text, encoding="utf-8")
         os.replace(aside, path)
+    except OSError as error:
+        raise ValueError(f"--tree {path}: it cannot be written ({error.strerror})") from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -230,11 +231,11 @@ def flags():
     add("--tree", metavar="FILE", required=True, help="out.html: a page with a slider; out.md: Mermaid")
     add("--model", default=str(ROOT / "tiny_base"), help="folder or hub id of a causal language model")
     add("--prompt", default="34*12=", help="what the model completes; may end in <think>")
-    add("--answer", type=int, help="the right answer, for the reward (default: the product, if the prompt is a*b=)")
+    add("--answer", type=int, help="the right answer, for the reward; without it the product, if the prompt is a*b=")
     add("--K", type=int, default=8, help="leaves wanted")
     add("--tau", type=float, default=1.0, help="0: plain A*;  1: Gumbel search")
-    add("--beta", type=float, help="temperature of h (default: the one that the value head was trained for)")
-    add("--guide", choices=("head", "none"), default="head", help="h: the model's value head, if it has one, or 0")
+    add("--beta", type=float, help="temperature of h; without it the one that the value head was trained for")
+    add("--guide", choices=("head", "none"), default="head", help="h: of the model's value head, if there is one, or 0")
     add("--width", type=int, default=1, help="nodes that a round may run at once")
     add("--max-new-tokens", type=int, default=48, help="longest completion in tokens")
     add("--max-nodes", type=int, default=1024, help="most nodes to expand")
@@ -291,7 +292,9 @@ def draw(args):
         return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
 
     facts = record(tree, args.prompt, token_text, verdicts if answer is not None else None)
-    return facts | {"answer": answer, "guide": "no head, h = 0" if value is None else "value head", "seed": args.seed}
+    guide = "h = 0" if value is None else f"h of the value head{f' at beta {args.beta:g}' if args.beta else ''}"
+    about = f"K {args.K}, tau {args.tau:g}, width {args.width}, seed {args.seed}, {guide}; {expander.model_tokens} model tokens"
+    return facts | {"answer": answer, "about": about}
 
 
 def main(argv=None):
@@ -302,7 +305,7 @@ def main(argv=None):
         facts = draw(args)
         path = pathlib.Path(args.tree)
         write(path, (page if path.suffix == ".html" else mermaid)(facts))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
     kinds = collections.Counter(map(state, facts["nodes"]))
     print(f"{path}: {facts['rounds']} rounds, {', '.join(f'{n} {kind}' for kind, n in kinds.items())}; {facts['why']}")
