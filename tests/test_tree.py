@@ -110,8 +110,8 @@ def test_nodes_are_numbered_as_a_search_of_width_1_expands_them(width):
     astar_search.search(astar_search.root_keys(3, 0, [0]), watched, astar_search.Options((0,), max_new_tokens=DEPTH, **options))
     facts = record(width=width, **options)
     paths, nodes = paths_of(facts["nodes"]), facts["nodes"]
-    expanded = [paths[i] for i in facts["popped"] if "order" in nodes[i]]
-    assert expanded == opened
+    numbers = {node["order"]: path for path, node in zip(paths, nodes) if "order" in node}
+    assert [numbers[n] for n in sorted(numbers)] == opened
     assert (sum("run" in node for node in nodes) > len(opened)) == (width > 1)  # speculation is told apart
 
 
@@ -152,12 +152,15 @@ def test_mermaid_holds_any_token():
     assert decoded[0] == "(1) " + picture.visible(PROMPT) and any(line.endswith(" </script><b>") for line in decoded)
 
 
-def test_mermaid_is_cut_and_says_so():
+def test_mermaid_is_cut_and_says_so(monkeypatch):
     """Guards against a chart that Mermaid refuses, and against leaves that a cut would lose first."""
     facts = record(K=120, tau=1.0)
     head, labels = check_mermaid(picture.mermaid(facts))
-    assert len(labels) < len(facts["nodes"]) and f"{len(labels)} of the {len(facts['nodes'])}" in head
+    assert len(labels) == picture.MERMAID_NODES < len(facts["nodes"]) and f"{len(labels)} of the {len(facts['nodes'])}" in head
     assert sum("leaf" in line for line in labels) == 120
+    monkeypatch.setattr(picture, "MERMAID_TEXT", 5000)  # the other limit
+    text = picture.mermaid(facts)
+    assert 5000 < len(text) < 6500 and f"{len(check_mermaid(text)[1])} of the" in text
 
 
 def test_two_thousand_nodes_by_a_model(tmp_path, capsys):
