@@ -28,11 +28,13 @@ on the other problems of the batch, or on the rank that runs it, and no random s
 In this file, in reading order: noise, children, tree, search, sampling, the KV-cached language model, Rollouts.
 
     python astar_search.py     # a small search, printed so that it can be checked by hand
+    python astar_search.py --prompt "34*12=" --tree out.html     # a search by a model, drawn; --help for its flags
 """
 
 import heapq
 import inspect
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -205,6 +207,7 @@ class Tree:
         node = Node(parent.problem, parent, token, parent.depth + 1, f, h, g, G, logp, key, rank)
         node.end(self.options)
         heapq.heappush(self.queue, (-f, node))
+        return node
 
     def missing(self, node):
         """Nodes that the model must run before `node` may be popped: itself, or its parent for more siblings."""
@@ -298,15 +301,16 @@ class Options:
     done: Callable | None = None  # leaf -> True: stop with it.  It may know the reward: for training only
 
 
-def search(keys, expand, options):
+def search(keys, expand, options, kind=Tree):
     """Best-first search of N problems in lock-step.  Knows no model.
 
     keys: N root keys (root_keys);  expand(nodes) -> (log pi of the children (n, V), their h in nats (n, V) or (n, 1)),
-    where a node may be asked again for further children;  options: Options.
+    where a node may be asked again for further children;  options: Options;
+    kind: Tree, or a subclass of it that watches.
     Returns N Trees with `leaves` in the order accepted, `stopped`, `pops`.  Leaves, their order and the pops do not
     depend on options.width or on the other problems: only what was evaluated ahead does.
     """
-    trees = [Tree(row, key, options) for row, key in enumerate(keys)]
+    trees = [kind(row, key, options) for row, key in enumerate(keys)]
     while True:
         nodes = [node for tree in trees if not tree.stopped for node in tree.wanted()]
         if not nodes:
@@ -689,8 +693,12 @@ def join(parts):
 # ======================================================================================================= demo
 
 
-def main():
+def main(argv=()):
     """Tokens a, b and . (the end), at most three of them.  Small enough to check every number with a pencil."""
+    if argv:  # flags: the picture of a search by a model
+        from experiments import tree
+
+        return tree.main(argv)
     letters, eos, beta = "ab.", 2, 1.0
     pi = {"": (0.6, 0.3, 0.1), "a": (0.5, 0.25, 0.25), "b": (0.1, 0.8, 0.1)}  # pi(a|s), pi(b|s), pi(.|s)
     deeper = (0.1, 0.3, 0.6)
@@ -758,4 +766,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

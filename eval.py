@@ -246,8 +246,9 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     return result | {"seconds_per_problem": (time.perf_counter() - start) / len(rows)}, rows
 
 
-def load_head(folder, model):
-    """The value head of a checkpoint folder and the (r_lo, r_hi, beta) it was trained for; None if it has none."""
+def load_head(folder, model, beta=None):
+    """The guide of a checkpoint folder: its value head with the (r_lo, r_hi, beta) it was trained for, or another beta;
+    None if it has none."""
     path, state = os.path.join(folder, "value.safetensors"), os.path.join(folder, "trainer_state.json")
     if not os.path.isfile(path) or not os.path.isfile(state):
         return None
@@ -259,7 +260,7 @@ def load_head(folder, model):
         head.load_state_dict(weights)
         config = state["config"]  # a run without bounds is older than rewards of one's own
         bounds = state.get("reward_bounds") or reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
-        return guide(head.to(model.device), bounds, config["beta"])
+        return guide(head.to(model.device), bounds, beta or config["beta"])
     except Exception as error:  # truncated, of another model, edited by hand: whatever it is, there is no head to use
         raise ValueError(f"{folder}: its value head cannot be read ({type(error).__name__})") from None
 
