@@ -84,6 +84,7 @@ def test_the_example_trains_and_is_remembered(finished):
     assert len(samples) >= 24
     for row in samples:
         verdict = judge(data.Problem(row["prompt"], row["truth"]), row["completion"])
+        assert row["answer"] in (verdict.pop("answer"), None)  # None: it was cut off, and says nothing
         assert verdict.items() <= row.items() and {"weight", "f"} <= set(row)
     assert all(row["reward_mean"] >= 0 for row in rows(finished / "metrics.jsonl")[1:])  # the built-in one says -1 of nearly all
     state = json.loads((finished / "checkpoint_iter_2" / "trainer_state.json").read_text())
