@@ -29,6 +29,7 @@ LINES = {
     "astar_search.log_inclusion": "math.log(-math.expm1(-math.exp(",
     "value.gae": "running = (delta[:, t] + lam * running",
     "policy.ppo_loss": "surrogate = torch.minimum(ratio * advantages, ratio.clamp(",
+    "policy.em_advantages": "return best[problem] * targets / Z[problem]",
     "value.value_loss": "v_loss = ((values - returns) ** 2",
     "policy.apo_loss": "residual = beta2 * log_ratio + optimal_values - rewards",
     "astar_search.NodeCache.update": "table.index_copy_(0, self.write",
@@ -78,7 +79,7 @@ def test_every_link_leads_to_the_line_that_computes_it():
         assert (file, shown) == (place.split(".")[0], line), place
         assert int(line) == find(place)[0], f"{place} is on another line now: python tests/test_readme.py"
     equations = README.split("| | equation | where |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(equations) == 10 and all(LINK.search(row) for row in equations)
+    assert len(equations) == 11 and all(LINK.search(row) for row in equations)
 
 
 @pytest.mark.parametrize("question", ["f computed", "the queue popped", "the KV cache", "the clip", "the ranks talk"])
