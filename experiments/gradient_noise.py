@@ -41,14 +41,15 @@ SETTINGS = {
     "sampling 8, em": dict(rollout="sample", rollouts_per_problem=8, loss="em"),
     "A* until right, em": dict(guide="none", cover=0.95, rollouts_per_problem=16, loss="em", until_right="on"),
     "A* until right, head, em": dict(guide="head", cover=0.95, rollouts_per_problem=16, loss="em", until_right="on"),
+    "A* tau 0 until right, em": dict(guide="none", tau=0.0, cover=1.0, rollouts_per_problem=64, max_nodes=128, loss="em", until_right="on"),
     "A* cover .99, em": dict(guide="none", cover=0.99, rollouts_per_problem=64, loss="em"),
 }
 
 
-def gradients(model, tokenizer, head, problems, keys, config):
+def gradients(model, tokenizer, value, problems, keys, config):
     """(policy gradient of every batch (n, parameters), model tokens, share of right): one backward pass a batch."""
     reward = reward_module.Reward()
-    value = evaluation.guide(head, reward.bounds, config.beta, config.guide == "head")
+    head = train.value_module.ValueHead(model.config.get_text_config().hidden_size)  # no part of the policy's gradient
     found, tokens, right = [], 0, 0.0
     for start in range(0, len(problems), SIZE):
         chunk = problems[start : start + SIZE]
@@ -79,17 +80,18 @@ def main():
     parser.add_argument("--batches", type=int, default=32)
     args = parser.parse_args()
     model, tokenizer = policy.load_policy(str(ROOT / args.model))
-    loaded = evaluation.load_head_module(str(ROOT / args.model), model)
+    guided = evaluation.load_head(str(ROOT / args.model), model)
+    unguided = guided and (lambda hidden: (guided(hidden)[0], torch.zeros(len(hidden))))  # V for GAE, h = 0
     n = args.batches * SIZE
     problems = [data.train_problem(1, 10**6, i) for i in range(n)]
     keys = astar_search.root_keys(1, -4, range(n))
     print(f"{args.model}: {args.batches} batches of {SIZE} problems\n\n{'':28s} tokens/problem  right      N/S  (N/S) x tokens, thousands (95 %)")
     generator = torch.Generator().manual_seed(0)
     for name, changes in SETTINGS.items():
-        if "head" in name and loaded is None:
+        if "head" in name and guided is None:
             continue
         config = train.Config(**changes, micro_batch=256)
-        g, tokens, right = gradients(model, tokenizer, loaded or train.value_module.ValueHead(g_size(model)), problems, keys, config)
+        g, tokens, right = gradients(model, tokenizer, guided if "head" in name else unguided, problems, keys, config)
         products = g.double() @ g.double().T
         per_batch = tokens / args.batches
         draws = []
@@ -105,10 +107,6 @@ def main():
         row = {"model": args.model, "setting": name, "problems": SIZE, "batches": args.batches, "tokens_per_problem": tokens / n, "right": right,
                "noise_to_signal": ratio, "tokens_at_snr_1": ratio * per_batch, "low": low, "high": high}  # fmt: skip
         compare.write("gradient_noise", row)
-
-
-def g_size(model):
-    return model.config.get_text_config().hidden_size
 
 
 if __name__ == "__main__":
