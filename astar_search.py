@@ -452,6 +452,7 @@ class Expander:
 
     @property
     def model_tokens(self):
+        """Tokens run through the model so far, over all problems."""
         return sum(self.spent)
 
     @torch.no_grad()

@@ -68,7 +68,7 @@ DEEP = f"--loss em {BEST_FIRST} --max-nodes 512"
 METHODS |= {"A* tau 0, h=0, 512 nodes, em": f"--guide none {DEEP}", "A* tau 0, head, 512 nodes, em": f"--guide head {DEEP}"}
 SUITES = {
     "base": runs(METHODS, RATES, [40, 80]),  # all methods, 4 iterations of warm-up
-    "quick": runs(EM, RATES, [18, 40, 80], QUICK),  # the em loss, 1 iteration of warm-up
+    "quick": runs(EM, RATES, [18, 24, 40, 80], QUICK),  # the em loss, 1 iteration of warm-up
     "weak": runs(EM, RATES, [24, 60], f"{QUICK} --model tiny_base/weak"),
     "hard": runs(["A* tau 0, h=0, 512 nodes, em", "A* tau 0, head, 512 nodes, em", "sampling 8, em"], RATES, [24], HARD),
 }

@@ -23,7 +23,6 @@ import astar_search  # noqa: E402
 import compare  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
-import fsdp  # noqa: E402
 import policy  # noqa: E402
 import reward as reward_module  # noqa: E402
 import train  # noqa: E402
