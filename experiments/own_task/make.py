@@ -14,7 +14,7 @@ rows = {"train": [], "eval": []}
 for digits in itertools.product("0123456789", repeat=3):
     answer = "".join(sorted(digits))
     # The answer decides, so that no order of an evaluation problem's digits is trained on.
-    part = "eval" if random.Random(answer).random() < 0.1 else "train"
+    part = "eval" if random.Random(f"0 {answer}").random() < 0.1 else "train"
     rows[part].append({"prompt": ",".join(digits) + "=", "answer": answer})
 for part, lines in rows.items():
     (folder / f"{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

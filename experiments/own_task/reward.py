@@ -6,7 +6,7 @@ import re
 def reward(problem, completion):
     """The share of places with the right digit.  A base that cannot sort hardly ever earns a 1, but a third it does."""
     found = re.search("<answer>([^<>]*)</answer>", completion)
-    said = found[1] if found else ""
+    said = found[1].strip() if found else ""
     share = sum(x == y for x, y in zip(said, problem.answer)) / max(len(said), len(problem.answer))
     return {"reward": share, "correct": said == problem.answer, "formatted": found is not None}
 
