@@ -127,7 +127,7 @@ PRESETS = {
     # 80 % in a minute: plain A* until a leaf is right, and the loss that makes the most of it (README, "Measured").
     "quick": dict(
         output_dir="runs/quick", loss="em", tau=0.0, until_right="on", cover=1.0, rollouts_per_problem=64, max_nodes=128,
-        problems_per_iteration=64, minibatches=2, epochs=2, learning_rate=2e-4, warmup=1, iterations=18, eval_every=6,
+        problems_per_iteration=64, minibatches=2, epochs=2, learning_rate=2e-4, warmup=1, iterations=24, eval_every=6,
     ),
     "training": dict(
         model="Qwen/Qwen2.5-3B", prompt="tinyzero", digits="2-3", output_dir="runs/training", max_new_tokens=1024,

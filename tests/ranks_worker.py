@@ -34,7 +34,7 @@ problems, indices = train.draw_problems(config, 1, ranks, None)
 keys = astar_search.root_keys(0, 1, indices)
 with fsdp.gathered(model, head):
     value = evaluation.guide(head, (-1.0, 1.1), config.beta)
-    rollouts = train.make_rollouts(model, tokenizer, problems, keys, config, value, "astar", 3)
+    rollouts = train.make_rollouts(model, tokenizer, problems, keys, config, None, value, "astar", 3)
 leaf_weight = policy.normalise_weights(rollouts.weight, rollouts.problem)
 rewards = torch.tensor([1.0 if sum(ids) % 3 == 0 else -1.0 for ids in rollouts.completions()])
 advantages = value_module.gae(rewards, rollouts.values, rollouts.mask, 0.95)
