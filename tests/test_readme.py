@@ -119,6 +119,8 @@ def test_the_snippets_run_as_they_stand(number, tmp_path):
 
 def test_the_quick_preset_is_spelled_out():
     """Guards against a preset that says one thing and does another."""
+    import train
+
     (line,) = re.findall(r"^`--config local` .*", README, re.MULTILINE)
     told = dict(re.findall(r"`--([\w-]+) ([^`]+)`", line.split("`quick` (")[1].split(")")[0]))
     assert told == {name.replace("_", "-"): str(x) for name, x in train.PRESETS["quick"].items()}
