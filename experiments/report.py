@@ -89,13 +89,16 @@ def draw(rows, target, path):
     names = list(dict.fromkeys(map(method, rows)))
     for row in rows:
         color = f"C{names.index(method(row))}"
-        for axis, key, scale in zip(axes, ("model_tokens", "seconds"), (1e3, 1)):
+        # Runs shared the machine with others: CPU seconds, spread over a run as its wall seconds were.
+        share = row["cpu_seconds"] / row["curve"][-1]["seconds"]
+        for axis, key, scale in zip(axes, ("model_tokens", "seconds"), (1e3, 1 / share)):
             axis.plot([p[key] / scale for p in row["curve"]], [p["eval_accuracy"] for p in row["curve"]], color=color, alpha=0.8,
                       label=method(row) if row is next(r for r in rows if method(r) == method(row)) else None)  # fmt: skip
-    for axis, label in zip(axes, ("model tokens of rollouts (thousands)", "seconds (one thread)")):
+    for axis, label in zip(axes, ("model tokens of rollouts (thousands)", "CPU seconds (one thread)")):
         axis.axhline(target, color="grey", linewidth=0.8, linestyle=":")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+    axes[0].set_ylim(0.5, 0.86)
     axes[0].set_ylabel("greedy accuracy, 500 held-out problems")
     axes[1].legend(fontsize=8, loc="lower right")
     figure.tight_layout()
