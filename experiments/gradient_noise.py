@@ -3,7 +3,7 @@
     python experiments/gradient_noise.py                                        # the tiny base
     python experiments/gradient_noise.py --model runs/diagnosis/checkpoint_iter_12
 
-At a fixed policy, the gradient g of batches of 32 problems.  Signal S = |E g|^2, by the products of different batches; noise N = E |g|^2 - S.
+At a fixed policy, the gradient g of batches of 128 problems.  Signal S = |E g|^2, by the products of different batches; noise N = E |g|^2 - S.
 A batch n times as large has a noise n times smaller, so (N/S) x tokens is what a gradient of signal-to-noise 1 costs: where training is
 limited by noise, methods under one loss need tokens in proportion to it.  N has a floor that no rollouts can lower, the difference
 between problems: it is what is left with nearly all of pi searched ("cover .99").  Only rows of one loss can be compared: each loss has
@@ -27,7 +27,7 @@ import policy  # noqa: E402
 import reward as reward_module  # noqa: E402
 import train  # noqa: E402
 
-SIZE = 32  # problems a batch
+SIZE = 128  # problems a batch: with 32 the signal drowned
 SETTINGS = {
     "sampling 2, ppo": dict(rollout="sample", rollouts_per_problem=2),
     "sampling 4, ppo": dict(rollout="sample", rollouts_per_problem=4),
@@ -35,13 +35,13 @@ SETTINGS = {
     "A* cover .5, ppo": dict(guide="none", cover=0.5),
     "A* cover .8, ppo": dict(guide="none", cover=0.8),
     "A* cover .8, head, ppo": dict(guide="head", cover=0.8),
-    "A* cover .99, ppo": dict(guide="none", cover=0.99, rollouts_per_problem=64),
+    "A* cover .99, ppo": dict(guide="none", cover=0.99, rollouts_per_problem=64, max_nodes=256),
     "sampling 4, em": dict(rollout="sample", rollouts_per_problem=4, loss="em"),
     "sampling 8, em": dict(rollout="sample", rollouts_per_problem=8, loss="em"),
     "A* until right, em": dict(guide="none", cover=0.95, rollouts_per_problem=16, loss="em", until_right="on"),
     "A* until right, head, em": dict(guide="head", cover=0.95, rollouts_per_problem=16, loss="em", until_right="on"),
     "A* tau 0 until right, em": dict(guide="none", tau=0.0, cover=1.0, rollouts_per_problem=64, max_nodes=128, loss="em", until_right="on"),
-    "A* cover .99, em": dict(guide="none", cover=0.99, rollouts_per_problem=64, loss="em"),
+    "A* cover .99, em": dict(guide="none", cover=0.99, rollouts_per_problem=64, max_nodes=256, loss="em"),
 }
 
 
@@ -76,7 +76,7 @@ def noise_to_signal(products):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny_base")
-    parser.add_argument("--batches", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=16)
     args = parser.parse_args()
     model, tokenizer = policy.load_policy(str(ROOT / args.model))
     guided = evaluation.load_head(str(ROOT / args.model), model)
@@ -89,7 +89,7 @@ def main():
     for name, changes in SETTINGS.items():
         if "head" in name and guided is None:
             continue
-        config = train.Config(**changes, micro_batch=256)
+        config = train.Config(**changes, micro_batch=256, rollout_batch=SIZE)
         g, tokens, right = gradients(model, tokenizer, guided if "head" in name else unguided, problems, keys, config)
         products = g.double() @ g.double().T
         per_batch = tokens / args.batches
