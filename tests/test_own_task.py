@@ -139,18 +139,19 @@ def test_evaluation_by_both_scripts(finished, files, capsys):
     ],
 )  # fmt: skip
 def test_returned_values(body, verdict, tmp_path):
-    """A number alone, or a dict; the verdict is plain JSON and says what is not said."""
+    """A number alone, or a dict; the verdict is plain JSON and says what is not said; a vote goes by the text."""
     loaded = reward_module.load(own(tmp_path, body)[1])
     found = loaded.judge(data.Problem("1=", {"target": "y"}), "xyz")
     assert json.loads(json.dumps(found)) == found
     assert (found["reward"], found["correct"], found["formatted"]) == (pytest.approx(verdict[0]), *verdict[1:])
+    assert found["answer"] == "xyz"
 
 
 def test_a_completion_cut_off_is_not_asked_about(tmp_path):
     """Guards against a truncated leaf that counts as right, or a function that has to know about truncation."""
     loaded = reward_module.load(own(tmp_path, "raise RuntimeError", bounds="(-2, 3)")[1])
     cut = loaded.judge(data.Problem("1=", None), "1", truncated=True)
-    assert cut == {"reward": -2, "correct": False, "formatted": False}
+    assert cut == {"reward": -2, "correct": False, "formatted": False, "answer": None}
 
 
 def test_any_answer_will_do(tmp_path):
