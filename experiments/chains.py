@@ -63,7 +63,6 @@ def main():
     args = parser.parse_args()
     model, tokenizer = policy.load_policy(str(ROOT / args.model))
     reward, eos = reward_module.Reward(), policy.stop_tokens(model, tokenizer)
-    astar_search.Tree = WatchedTree
     print("digits  steps      p  accuracy | tokens to the first correct one (problems in which it was found)")
     for digits in args.digits:
         problems = [data.train_problem(0, 10**6, i, digits, "terse") for i in range(args.problems)]
@@ -102,7 +101,7 @@ def main():
             expander = astar_search.Expander(model, prompts, 128)
             expand = expander if own is None else diagnose.oracle(expander, tokenizer, problems, own)
             options = astar_search.Options(eos, K=10**6, tau=tau, max_new_tokens=128, max_nodes=args.max_nodes)
-            trees = astar_search.search(keys, expand, options)
+            trees = astar_search.search(keys, expand, options, WatchedTree)
             costs = [tree.pops if tree.cost is None else tree.cost for tree in trees]
             figures[name] = (sum(costs) / len(costs), sum(tree.cost is not None for tree in trees) / len(trees))
         words = ", ".join(f"{name} {cost:.0f} ({share:.2f})" for name, (cost, share) in figures.items())

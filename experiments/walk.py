@@ -103,9 +103,8 @@ def main():
         rows = [node.slot - 1 for node in nodes]
         return PI[rows].log(), h[rows, None]
 
-    astar_search.Tree = WatchedTree
     options = astar_search.Options(eos=(END,), K=K, tau=TAU, max_new_tokens=2)
-    tree = astar_search.search(astar_search.root_keys(0, 1, [0]), expand, options)[0]
+    tree = astar_search.search(astar_search.root_keys(0, 1, [0]), expand, options, WatchedTree)[0]
     kappa = -tree.queue[0][0]
     print(f"   K = {K} leaves: done\n   left on the queue:   {queued(tree)}")
 
