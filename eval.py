@@ -322,7 +322,7 @@ def write(path, text):
     """A whole file or none: written aside, synced, renamed."""
     aside = path + ".tmp"
     try:
-        with open(aside, "w") as file:
+        with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

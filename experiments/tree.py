@@ -212,14 +212,10 @@ def truth(prompt, answer):
 
 def write(path, text):
     """Written aside and renamed: a reader sees the old file or the new one.  Raises ValueError."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        evaluation.write(str(path), text)
     except OSError as error:
         raise ValueError(f"--tree {path}: it cannot be written ({error.strerror})") from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def flags():

@@ -9,7 +9,6 @@ reads: `seconds` leaves the evaluations out (compare.py's do not), `model_tokens
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -93,12 +92,9 @@ def main():
         clock["start"] = time.process_time()
         watch.measure(0)
         trainer.train()
-    row = {"setting": f"TRL GRPO, lr {args.learning_rate:g}", "seed": args.seed, "flags": f"--problems-per-iteration {args.problems}",
-           "cpu": compare.cpu(), "threads": torch.get_num_threads(), "curve": curve}  # fmt: skip
-    path = compare.RESULTS / "trl.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    row = {"setting": f"TRL GRPO; lr {args.learning_rate:g}", "seed": args.seed, "flags": f"--problems-per-iteration {args.problems}",
+           "cpu": compare.cpu(), "threads": torch.get_num_threads(), "cpu_seconds": curve[-1]["seconds"], "curve": curve}  # fmt: skip
+    compare.write("trl", row)
 
 
 if __name__ == "__main__":
