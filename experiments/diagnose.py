@@ -14,6 +14,7 @@ Prints tables and appends one row, all figures in it, to experiments/results/dia
 """
 
 import argparse
+import copy
 import pathlib
 import sys
 
@@ -54,17 +55,18 @@ def samples_of(model, tokenizer, problems, n, max_new_tokens, keys):
     columns = (rollouts.prompt_length - 1)[:, None] + torch.arange(L)
     inside = columns < (rollouts.length - 1)[:, None]
     columns = columns.clamp(max=rollouts.tokens.shape[1] - 2)
-    hidden = torch.cat(
-        [
-            policy.score(model, *(x[rows] for x in (rollouts.tokens, rollouts.mask)))[2]
-            for rows in torch.arange(len(rollouts)).split(512)
-        ]
-    )
     before = rollouts.logprobs.cumsum(1) - rollouts.logprobs  # log pi of the prefix before each token
     return {
-        "hidden": hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1])), "g": before.gather(1, columns),
-        "mask": inside, "reward": rollouts.extra["reward"], "right": rollouts.extra["right"], "problem": rollouts.problem,
+        "hidden": hidden_of(model, rollouts, columns), "g": before.gather(1, columns), "rollouts": rollouts, "columns": columns,
+        "mask": inside, "token": rollouts.tokens[:, 1:].gather(1, columns), "reward": rollouts.extra["reward"], "right": rollouts.extra["right"], "problem": rollouts.problem,
     }  # fmt: skip
+
+
+def hidden_of(model, rollouts, columns):
+    """The model's last hidden state at columns (B, L) of each rollout: (B, L, D)."""
+    parts = torch.arange(len(rollouts)).split(512)
+    hidden = torch.cat([policy.score(model, rollouts.tokens[rows], rollouts.mask[rows])[2] for rows in parts])
+    return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def fit(hidden_size, samples, steps=1500, batch=4096):
@@ -85,6 +87,76 @@ def fit(hidden_size, samples, steps=1500, batch=4096):
         )
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     return head
+
+
+class PerTokenHead(torch.nn.Module):
+    """(hidden (..., D), token embedding (..., D)) -> logit of u of the prefix with that token: each child has an h of its own and
+    costs no model token."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(2 * hidden_size, 2 * hidden_size), torch.nn.Linear(2 * hidden_size, 1)
+
+    def forward(self, hidden, embedding):
+        return self.outer(torch.nn.functional.gelu(self.inner(torch.cat([hidden, embedding], dim=-1)))).squeeze(-1)
+
+
+def fit_per_token(embeddings, samples, steps=1500, batch=4096):
+    """The same for a head that reads a prefix and the token to come."""
+    torch.manual_seed(0)
+    head, mask = PerTokenHead(embeddings.shape[1]), samples["mask"]
+    hidden, tokens = samples["hidden"][mask], samples["token"][mask]
+    targets = value_module.soft_target((samples["reward"][:, None] * mask)[mask], *REWARD.bounds, BETA)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        rows = torch.randint(len(targets), (batch,))
+        loss = ((torch.sigmoid(head(hidden[rows], embeddings[tokens[rows]])) - targets[rows]) ** 2).mean()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    return head
+
+
+class Critic(torch.nn.Module):
+    """A critic with a mind of its own: a copy of the policy, all of it fitted to the same samples, with one output."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = copy.deepcopy(model)
+        self.outer = torch.nn.Linear(model.config.hidden_size, 1)
+
+    def forward(self, hidden):
+        u_logit = self.outer(hidden).squeeze(-1)
+        return torch.sigmoid(u_logit), u_logit
+
+
+def fit_critic(model, samples, epochs=6, batch=64, rate=3e-4):
+    """Fitted to 7/8 of the problems; of the epochs, the one with the least loss on the others."""
+    torch.manual_seed(0)
+    critic, rollouts = Critic(model), samples["rollouts"]
+    targets = value_module.soft_target(samples["reward"], *REWARD.bounds, BETA)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=rate)
+    held = samples["problem"] % 8 == 0
+    best, kept = float("inf"), None
+
+    def loss_of(rows):
+        part = rollouts.select(rows)
+        _, u_logit = critic(policy.score(critic.model, part.tokens, part.mask)[2])
+        return torch.nn.functional.binary_cross_entropy_with_logits(u_logit, targets[rows, None].expand_as(u_logit), weight=part.mask.float())
+
+    steps = epochs * ((~held).sum().item() // batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (steps + epochs))
+    for epoch in range(epochs):
+        rows = (~held).nonzero().squeeze(1)
+        for chosen in rows[torch.randperm(len(rows))].split(batch)[:-1]:
+            loss = loss_of(chosen)
+            optimizer.zero_grad(), loss.backward(), optimizer.step(), schedule.step()
+        with torch.no_grad():
+            loss = sum(loss_of(chosen).item() for chosen in held.nonzero().squeeze(1).split(512))
+        print(f"critic, epoch {epoch + 1}: loss on other problems {loss:.4f}", flush=True)
+        if loss < best:
+            best, kept = loss, copy.deepcopy(critic.state_dict())
+    critic.load_state_dict(kept)
+    return critic.eval().requires_grad_(False)
 
 
 def auc(score, right, problem=None):
@@ -145,6 +217,61 @@ def oracle(expander, tokenizer, problems, own):
     return expand
 
 
+def per_token(expander, head, embeddings):
+    """expand with the h of every child by a PerTokenHead."""
+
+    @torch.no_grad()
+    def expand(nodes):
+        logp, _ = expander(nodes)
+        hidden = expander.hidden[[node.slot for node in nodes]][:, None].expand(-1, len(embeddings), -1)  # (n, V, D)
+        return logp, value_module.soft_value(head(hidden, embeddings.expand_as(hidden)), *REWARD.bounds, BETA)
+
+    return expand
+
+
+def with_critic(expander, critic):
+    """expand with the h of a Critic: it runs every node as well, and its tokens count."""
+    value = evaluation.guide(critic, REWARD.bounds, BETA)
+    other = astar_search.Expander(critic.model, expander.prompts, expander.span - max(map(len, expander.prompts)), value)
+    twins = {None: None}  # node -> the same node with a slot in the critic's cache
+
+    def expand(nodes):
+        logp, _ = expander(nodes)
+        for n in nodes:
+            if n not in twins:
+                twins[n] = astar_search.Node(n.problem, twins[n.parent], n.token, n.depth, 0, 0, 0, 0, 0, key=0)
+        before = other.model_tokens
+        _, h = other([twins[n] for n in nodes])
+        expander.spent[0] += other.model_tokens - before
+        return logp, h
+
+    return expand
+
+
+def own(expander, eos, least=0.02):
+    """expand with a child's own h: the model runs every child that is likely enough, the others (and the ends, about which a head
+    knows nothing) inherit.  A child that is opened later has been run already."""
+    slots = {}  # (parent, token) -> slot
+
+    def expand(nodes):
+        for node in nodes:
+            node.slot = slots.get((node.parent, node.token)) if node.slot is None else node.slot
+        logp, inherited = expander(nodes)
+        h = inherited.expand(logp.shape).clone()
+        likely = [(row, token) for row, token in (logp.exp() >= least).nonzero().tolist() if token not in eos]
+        parents = [nodes[row] for row, _ in likely]
+        new = [astar_search.Node(p.problem, p, token, p.depth + 1, 0, 0, 0, 0, 0, key=0) for p, (_, token) in zip(parents, likely)]
+        room = [i for i, node in enumerate(new) if (node.parent, node.token) not in slots]
+        if room:
+            _, found = expander([new[i] for i in room])
+            for i, x in zip(room, found[:, 0].tolist()):
+                h[likely[i]] = x
+                slots[new[i].parent, new[i].token] = new[i].slot
+        return logp, h
+
+    return expand
+
+
 def answer_of(problem):
     a, b = (int(x) for x in problem.prompt.rstrip("=").split("*"))
     return f"<think>{make_base.worked(a, b)}</think><answer>{a * b}</answer>"
@@ -195,7 +322,7 @@ def answers(rollouts, texts, verdicts, problems):
     return {name: x / problems for name, x in right.items()}
 
 
-def searches(model, tokenizer, problems, heads, max_new_tokens, budgets):
+def searches(model, tokenizer, problems, heads, token_head, critic, max_new_tokens, budgets):
     """name -> a list of figures, one a budget: leaves for sampling and beam search, nodes a problem for a search."""
     prompts, eos = evaluation.encode(tokenizer, problems), policy.stop_tokens(model, tokenizer)
     keys, result = astar_search.root_keys(0, -2, range(len(problems))), {}
@@ -223,6 +350,10 @@ def searches(model, tokenizer, problems, heads, max_new_tokens, budgets):
     for K in (2, 4, 8):
         run("beam search", beam, K, K=K)
     guides = {"h = 0": {}} | {f"h of {name}": dict(value=evaluation.guide(head, REWARD.bounds, BETA)) for name, head in heads.items()}
+    first, embeddings = next(iter(heads.values())), model.get_input_embeddings().weight.detach()
+    guides["a child's own h"] = dict(value=evaluation.guide(first, REWARD.bounds, BETA), wrap=lambda e: own(e, eos))
+    guides["h of a per-token head"] = dict(wrap=lambda e: per_token(e, token_head, embeddings))
+    guides["h of a critic of its own"] = dict(wrap=lambda e: with_critic(e, critic))
     guides |= {"oracle, inherited": dict(wrap=lambda e: oracle(e, tokenizer, problems, own=False)),
                "oracle, a child's own": dict(wrap=lambda e: oracle(e, tokenizer, problems, own=True))}  # fmt: skip
     for tau in (1.0, 0.0):
@@ -260,22 +391,25 @@ def main():
         f"{args.model}: sampled accuracy {two['right'].float().mean():.3f}, {one['mask'].sum(1).float().mean():.0f} tokens; head fitted to {len(one['right'])} samples"
     )
     positions = [t for t in (0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 48, 64, 80) if t < args.max_new_tokens]
-    table = quality(head, two, positions)
-    print(
-        "\n                         all samples     |  within a problem\nposition  alive  right    h  log pi  |   h  log pi  best sum   expl. variance"
-    )
+    critic = fit_critic(model, one)
+    with torch.no_grad():
+        of_critic = two | {"hidden": hidden_of(critic.model, two["rollouts"], two["columns"])}
+    tables = {"a fitted head": quality(head, two, positions), "a critic of its own": quality(critic, of_critic, positions)}
     form = lambda x: "  -  " if x is None else f"{x:.2f} "
-    for row in table:
-        print(f"{row['position']:8d} {row['alive']:6d}  {row['right']:.2f}   {form(row['h'])} {form(row['log pi'])}  | "
-              + "  ".join(form(row["within"][name]) for name in ("h", "log pi", "best sum")) + f"    {form(row['explained_variance'])}")  # fmt: skip
+    for name, table in tables.items():
+        print(f"\n{name:25s}all samples     |  within a problem\nposition  alive  right    h  log pi  |   h  log pi  best sum   expl. variance")
+        for row in table:
+            print(f"{row['position']:8d} {row['alive']:6d}  {row['right']:.2f}   {form(row['h'])} {form(row['log pi'])}  | "
+                  + "  ".join(form(row["within"][name]) for name in ("h", "log pi", "best sum")) + f"    {form(row['explained_variance'])}")  # fmt: skip
     heads = {"a fitted head": head}
     if (pathlib.Path(args.model) / "value.safetensors").exists():
         heads["the run's head"] = value_module.ValueHead(one["hidden"].shape[-1])
         heads["the run's head"].load_state_dict(load_file(pathlib.Path(args.model) / "value.safetensors"))
     mean = two["mask"].sum(1).float().mean().item()
-    result = searches(model, tokenizer, halves[1], heads, args.max_new_tokens, args.budgets)
+    token_head = fit_per_token(model.get_input_embeddings().weight.detach(), one)
+    result = searches(model, tokenizer, halves[1], heads, token_head, critic, args.max_new_tokens, args.budgets)
     row = {"model": args.model, "digits": args.digits, "samples": len(one["right"]), "sampled_accuracy": two["right"].float().mean().item(),
-           "length": mean, "head": table, "searches": result}  # fmt: skip
+           "length": mean, "head": tables["a fitted head"], "critic": tables["a critic of its own"], "searches": result}  # fmt: skip
     compare.write("diagnose", row)
 
 
