@@ -13,8 +13,6 @@ import argparse
 import collections
 import hashlib
 import itertools
-import json
-import math
 import random
 import re
 import sys
@@ -61,13 +59,10 @@ def parse_digits(digits):
 
     Returns ((least, most digits of a), (least, most digits of b)).  Raises ValueError with one sentence otherwise.
     """
-    match = re.fullmatch(r"([1-6])(?:-([1-6]))?(?:x([1-6])(?:-([1-6]))?)?", str(digits))
-    if match:
-        a_lo, a_hi, b_lo, b_hi = (int(group) if group else None for group in match.groups())
-        a = (a_lo, a_hi or a_lo)
-        b = (b_lo, b_hi or b_lo) if b_lo is not None else a
-        if a[0] <= a[1] and b[0] <= b[1]:
-            return a, b
+    if re.fullmatch("[1-6](-[1-6])?(x[1-6](-[1-6])?)?", str(digits)):
+        ranges = [(int(part[0]), int(part[-1])) for part in str(digits).split("x")]  # one for both, or one for each
+        if all(least <= most for least, most in ranges):
+            return ranges[0], ranges[-1]
     raise ValueError(f"--digits {digits}: expected digits per operand from 1 to 6, such as 2, 3, 2x3, 2-3 or 1-2x4")
 
 
@@ -80,6 +75,7 @@ def difficulty(a, b):
 def is_held_out(a, b):
     """True if {a, b} belongs to evaluation.  Symmetric: neither a*b nor b*a of an evaluation problem is trained on."""
     name = f"{min(a, b)}*{max(a, b)}".encode()
+    # a checksum, for Python's own hash() of a text is another one in every process
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0
 
 
@@ -95,13 +91,8 @@ def draw_operands(rng, digits):
 def make_problem(a, b, style="terse", prefill=None):
     """The Problem a*b in a prompt style of PROMPTS; `prefill` replaces the style's own (evaluation forces <think>)."""
     template, default = PROMPTS[style]
-    return Problem(
-        prompt=template.format(a=a, b=b),
-        answer=a * b,
-        difficulty=difficulty(a, b),
-        prefill=default if prefill is None else prefill,
-        operands=(a, b),
-    )
+    prefill = default if prefill is None else prefill  # "" is a wish, not an absence
+    return Problem(template.format(a=a, b=b), a * b, difficulty(a, b), prefill, (a, b))
 
 
 # ---------------------------------------------------------------------------------------------------- the split
@@ -112,13 +103,11 @@ def train_problem(seed, iteration, index, digits="2", style="terse"):
 
     Random(text) seeds from a SHA-512 of the text, the same on every machine and Python version.
     """
-    rng = random.Random(f"train {seed} {iteration} {index}")
-    ranges = parse_digits(digits)
-    for _ in range(10_000):
+    rng, ranges = random.Random(f"train {seed} {iteration} {index}"), parse_digits(digits)
+    a, b = draw_operands(rng, ranges)
+    while is_held_out(a, b):  # one draw in seven; no range is held out as a whole
         a, b = draw_operands(rng, ranges)
-        if not is_held_out(a, b):
-            return make_problem(a, b, style)
-    raise ValueError(f"--digits {digits}: every pair of operands is held out for evaluation")
+    return make_problem(a, b, style)
 
 
 def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
@@ -126,23 +115,20 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
 
     The first 100 of 500 are the 100.  Raises ValueError if the range does not hold n such pairs.
     """
-    if n < 0:
-        raise ValueError(f"the number of evaluation problems must not be negative, but is {n}")
-    rng = random.Random(f"evaluation {seed}")
-    ranges = parse_digits(digits)
-    found = {}
-    for _ in range(min(2_000 + 200 * n, 1_000_000)):
+    if not 0 <= n <= 100_000:
+        raise ValueError(f"the number of evaluation problems must lie in [0, 100000], but is {n}")
+    rng, ranges = random.Random(f"evaluation {seed}"), parse_digits(digits)
+    drawn = (draw_operands(rng, ranges) for _ in range(min(2_000 + 200 * n, 1_000_000)))
+    # In a small range the last pairs are drawn too rarely: then go through all of it.  (A range of more than 10 million
+    # pairs never comes to that: a seventh of a million draws is more than the largest n.)
+    all_a, all_b = (range(10 ** (least - 1), 10**most) for least, most in ranges)
+    every = ((a, b) for a in all_a for b in all_b)
+    found = {}  # unordered pair -> as it was drawn
+    for a, b in itertools.chain(drawn, every):
         if len(found) == n:
             break
-        a, b = draw_operands(rng, ranges)
         if is_held_out(a, b):
             found.setdefault((min(a, b), max(a, b)), (a, b))
-    if len(found) < n:  # a small range: the last pairs are drawn too rarely, so go through all of it
-        if math.prod(10**most - 10 ** (least - 1) for least, most in ranges) > 10_000_000:
-            raise ValueError(f"{n} evaluation problems are too many to draw for --digits {digits}: ask for fewer")
-        for a, b in itertools.product(*(range(10 ** (least - 1), 10**most) for least, most in ranges)):
-            if len(found) < n and is_held_out(a, b):
-                found.setdefault((min(a, b), max(a, b)), (a, b))
     if len(found) < n:
         raise ValueError(f"--digits {digits} holds only {len(found)} evaluation problems, fewer than the {n} asked for")
     return [make_problem(a, b, style, prefill) for a, b in found.values()]
@@ -154,36 +140,10 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
 def read_problems(path, prefill=None, any_answer=False):
     """Problems of a jsonl file: one object a line with `prompt` (text) and `answer` (whole number, or its digits);
     `difficulty` and `prefill` if you like.  any_answer: any JSON will do, or none; a reward of one's own reads it.
-    Raises ValueError that names the line, OSError if it cannot be read."""
-    problems = []
-    with open(path, "rb") as file:  # bytes: json decodes each line, so that one that is not UTF-8 can be named too
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected an object with the keys prompt and answer")
-            for key in ("prompt",) if any_answer else ("prompt", "answer"):
-                if key not in row:
-                    raise ValueError(f"{where}: the key {key} is missing")
-            if not isinstance(row["prompt"], str) or not row["prompt"]:
-                raise ValueError(f"{where}: prompt must be a text that is not empty")
-            answer = row.get("answer")
-            if not any_answer:
-                if isinstance(answer, bool) or not re.fullmatch(r"[+-]?[0-9]{1,90}", str(answer)):
-                    raise ValueError(f"{where}: answer must be a whole number, not {answer!r}")
-                answer = int(answer)
-            given = row.get("prefill", "") if prefill is None else prefill
-            if not isinstance(given, str):
-                raise ValueError(f"{where}: prefill must be a text")
-            problems.append(Problem(row["prompt"], answer, str(row.get("difficulty", "all")), given))
-    if not problems:
-        raise ValueError(f"{path}: no problems in it")
-    return problems
+    Raises ValueError that names the line, OSError if it cannot be read.  (The one function that needs another file.)"""
+    from experiments.own_task import load
+
+    return load.read_problems(path, prefill, any_answer)
 
 
 def pick_problem(problems, seed, iteration, index, per_iteration):
@@ -199,15 +159,14 @@ def pick_problem(problems, seed, iteration, index, per_iteration):
 
 def statistics(problems, encode=None):
     """Counts by difficulty, ranges of operands and answers, and token lengths if `encode(text) -> ids` is given."""
+    span = lambda numbers: (min(numbers), max(numbers))
     counts = collections.Counter(problem.difficulty for problem in problems)
     stats = {"problems": len(problems), "difficulty": dict(sorted(counts.items()))}
-    operands = [operand for problem in problems for operand in problem.operands]
-    if operands:
-        stats["operands"] = (min(operands), max(operands))
-    stats["answers"] = (min(p.answer for p in problems), max(p.answer for p in problems))
+    if problems[0].operands:
+        stats["operands"] = span([operand for problem in problems for operand in problem.operands])
+    stats["answers"] = span([problem.answer for problem in problems])
     if encode:
-        lengths = [len(encode(problem.text)) for problem in problems]
-        stats["prompt_tokens"] = (min(lengths), max(lengths))
+        stats["prompt_tokens"] = span([len(encode(problem.text)) for problem in problems])
         stats["answer_tokens"] = max(len(encode(str(problem.answer))) for problem in problems)
     return stats
 
@@ -220,8 +179,7 @@ def main():
     args = parser.parse_args()
     try:
         if args.file:
-            print(args.file, statistics(read_problems(args.file)))
-            return
+            return print(args.file, statistics(read_problems(args.file)))
         if args.n < 1:
             raise ValueError(f"--n must be 1 or more, not {args.n}")
         held_out = eval_problems(args.n, args.digits)
@@ -229,18 +187,14 @@ def main():
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-
-    encode = lambda text: list(text)  # one token a character, as the tiny base has it
     print(f"digits {args.digits}, prompts such as {train[0].text!r} with the answer {train[0].answer}")
     for name, problems in (("train (2000 draws)", train), ("evaluation", held_out)):
-        print(f"\n{name}")
-        for key, value in statistics(problems, encode).items():
-            print(f"  {key:14s} {value}")
+        stats = statistics(problems, encode=list)  # one token a character, as the tiny base has it
+        print(f"\n{name}", *(f"  {key:14s} {value}" for key, value in stats.items()), sep="\n")
 
     # What the file is for, asserted: no evaluation pair is trained on in either order, and a draw can be repeated.
     pairs = {frozenset(problem.operands) for problem in held_out}
-    assert len(pairs) == len(held_out)
-    assert not any(frozenset(problem.operands) in pairs for problem in train)
+    assert len(pairs) == len(held_out) and pairs.isdisjoint(frozenset(problem.operands) for problem in train)
     assert train[7] == train_problem(0, 0, 7, args.digits)
     print("\nno evaluation pair among the training draws, in either order: ok")
 

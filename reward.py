@@ -2,21 +2,17 @@
 
     r(y) = accuracy (+1 right, -1 wrong) + format_bonus * [well-formed] - length_penalty * (length / longest length)
 
-so r lies in [r_lo, r_hi] = [-1 - length_penalty, 1 + format_bonus].  As long as format_bonus + length_penalty < 2, every
-right completion is worth more than every wrong one, however long or ill-formed: the two small terms only break ties.
-Thinking itself is never paid for.  A completion is the *prefill* (a <think> that the prompt may open) plus what the
-model wrote; the prompt is never read, so that an answer given in it cannot count.
+so r lies in [r_lo, r_hi] = [-1 - length_penalty, 1 + format_bonus].  As long as format_bonus + length_penalty < 2,
+every right completion is worth more than every wrong one, however long or ill-formed: the two small terms only break
+ties.  Thinking itself is never paid for.  A completion is the *prefill* (a <think> that the prompt may open) plus what
+the model wrote; the prompt is never read, so that an answer given in it cannot count.
 
     python reward.py        # a table of completions and what they earn
 
-Another task brings a function of its own, --reward FILE.py:FUNCTION (`OwnReward`).
+Another task brings a function of its own, --reward FILE.py:FUNCTION (experiments/own_task/load.py).
 """
 
-import math
-import numbers
-import os
 import re
-import runpy
 from dataclasses import dataclass
 
 ANSWER = re.compile(r"<answer>([^<>]*)</answer>")
@@ -24,9 +20,7 @@ ANSWER = re.compile(r"<answer>([^<>]*)</answer>")
 # each problem would have endlessly many correct completions, and "distinct correct" would count paddings of zeros.
 NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*)")
 # Well-formed: at most one thought, then one answer, then nothing but white space.
-WELL_FORMED = re.compile(
-    r"\s*(?:<think>(?:(?!</?think>|</?answer>).)*</think>\s*)?<answer>[^<>]*</answer>\s*", re.DOTALL
-)
+WELL_FORMED = re.compile(r"\s*(?:<think>(?:(?!</?think>|</?answer>).)*</think>\s*)?<answer>[^<>]*</answer>\s*", re.S)
 
 
 def parse_number(text):
@@ -43,9 +37,8 @@ def parse_answer(completion):
     What stands before the last </think> is thought, and so is what follows a <think> that is never closed.
     """
     said = completion.rpartition("</think>")[2].partition("<think>")[0]
-    numbers = [parse_number(block) for block in ANSWER.findall(said)]
-    numbers = [number for number in numbers if number is not None]
-    return numbers[-1] if numbers else None
+    found = [parse_number(block) for block in ANSWER.findall(said)]
+    return next((number for number in reversed(found) if number is not None), None)
 
 
 def well_formed(completion):
@@ -61,12 +54,10 @@ class Reward:
     length_penalty: float = 0.0
 
     def __post_init__(self):
-        if not (self.format_bonus >= 0 and self.length_penalty >= 0):
-            raise ValueError("--format-bonus and --length-penalty must be zero or more")
-        if not self.format_bonus + self.length_penalty < 2:
-            raise ValueError(
-                "--format-bonus plus --length-penalty must be below 2, or a wrong answer could beat a right one"
-            )
+        bonus, penalty = self.format_bonus, self.length_penalty
+        if not (bonus >= 0 and penalty >= 0 and bonus + penalty < 2):  # written so that nan is refused too
+            below = "--format-bonus and --length-penalty must be zero or more, and together below 2"
+            raise ValueError(f"{below}, or a wrong answer could beat a right one")
 
     @property
     def bounds(self):
@@ -83,6 +74,7 @@ class Reward:
         said = None if truncated else parse_answer(completion)
         correct = said is not None and said == answer
         formatted = not truncated and well_formed(completion)
+        # r(y) = +-1 + format_bonus [well-formed] - length_penalty (length / longest length)
         reward = (1.0 if correct else -1.0) + self.format_bonus * formatted - self.length_penalty * length_fraction
         return {"reward": reward, "correct": correct, "formatted": formatted, "answer": said}
 
@@ -91,71 +83,23 @@ class Reward:
         return self(completion, problem.answer, length_fraction, truncated)
 
 
-def short(thing):
-    """Its repr, the middle left out of a long one."""
-    text = repr(thing)
-    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
-
-
 class RewardError(ValueError):
-    """A user's function failed on a completion; the message is one sentence that shows it."""
-
-
-@dataclass(frozen=True)
-class OwnReward:
-    """A user's function(problem, completion) in Reward's place, made by `load`.
-
-    problem: a data.Problem, its `answer` whatever JSON the line of the file holds; completion: text, prefill included.
-    It returns a number within `bounds` (r_lo, r_hi), or a dict with `reward` and, if it likes, `correct` (else: is the
-    reward r_hi?), `formatted` (else True) and `answer`, what majority votes count (else the completion).  It is not asked about a truncated completion: that earns r_lo.
-    """
-
-    name: str
-    function: object
-    bounds: tuple
-
-    def judge(self, problem, completion, length_fraction=0.0, truncated=False):
-        """{reward, correct, formatted, answer} of one completion, as Reward has it.  Raises RewardError."""
-        lo, hi = self.bounds
-        if truncated:
-            return {"reward": lo, "correct": False, "formatted": False, "answer": None}
-        try:
-            said = self.function(problem, completion)
-            parts = said if isinstance(said, dict) else {"reward": said}
-            reward = parts.get("reward")
-            if isinstance(reward, numbers.Real) and lo - 1e-6 <= reward <= hi + 1e-6:  # a sum of shares may be rounded
-                correct, formatted = parts.get("correct", reward >= hi - 1e-6), parts.get("formatted", True)
-                answer = str(parts.get("answer", completion))
-                return {"reward": float(reward), "correct": bool(correct), "formatted": bool(formatted), "answer": answer}
-            what = f"returned {short(said)}, not a number from {lo:g} to {hi:g}"
-        except Exception as error:  # whatever a user's function may raise
-            what = f"raised {type(error).__name__} ({error})"
-        place = f"for the prompt {short(problem.prompt)} and the completion {short(completion)}"
-        raise RewardError(f"--reward {self.name} {' '.join(what.split())} {place}")
+    """A function of the user's own failed on a completion; the message is one sentence that shows it."""
 
 
 def load(name="", format_bonus=0.1, length_penalty=0.0):
-    """The reward of a run: what --reward FILE.py:FUNCTION names, or for "" the built-in one.  Raises ValueError."""
+    """The reward of a run: the built-in one, or the one that --reward FILE.py:FUNCTION names, an object with the same
+    `bounds` and `judge`.  Raises ValueError."""
     if not name:
         return Reward(format_bonus, length_penalty)
-    file, _, function = name.rpartition(":")
-    if not os.path.isfile(file):
-        raise ValueError(f"--reward {name}: expected FILE.py:FUNCTION, and there is no file {file!r}")
-    try:
-        function = runpy.run_path(file)[function]
-        lo, hi = map(float, function.bounds)
-    except Exception as error:  # whatever a user's file may raise
-        what = " ".join(f"{type(error).__name__} ({error})".split())
-        raise ValueError(f"--reward {name}: {what}; it takes a function with .bounds = (lowest, highest)") from None
-    if not -math.inf < lo < hi < math.inf:
-        raise ValueError(f"--reward {name}: bounds must be two finite numbers, lowest first, not {function.bounds}")
-    return OwnReward(name, function, (lo, hi))
+    from experiments.own_task import load
+
+    return load.load_reward(name)
 
 
 def main():
     reward = Reward(format_bonus=0.1, length_penalty=0.05)
-    print(f"34*12 = 408; rewards lie in {reward.bounds}\n")
-    print(f"{'reward':>7}  {'answer':>6}  completion")
+    print(f"34*12 = 408; rewards lie in {reward.bounds}\n\n{'reward':>7}  {'answer':>6}  completion")
     for completion, expected in (
         ("<think>34*10=340 34*2=68 340+68=408</think><answer>408</answer>", 1.1),
         ("<answer>408</answer>", 1.1),

@@ -106,12 +106,10 @@ def main():
     r_lo, r_hi, beta = -1.0, 1.1, 0.2
     rewards = torch.tensor([-1.0, -0.9, 1.1], dtype=torch.float64)  # nothing to parse, wrong but well-formed, right
     chances = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
-
-    # h from u against its definition, log E exp(r/beta)
+    V = (chances * rewards).sum()
     u = (chances * soft_target(rewards, r_lo, r_hi, beta)).sum()
     h = soft_value(torch.logit(u), r_lo, r_hi, beta)
     exact = torch.logsumexp(chances.log() + rewards / beta, dim=0)
-    V = (chances * rewards).sum()
     from_v = soft_value(torch.logit((V - r_lo) / (r_hi - r_lo)), r_lo, r_hi, beta)
     print(f"P(right) = .1:  V = {V:.4f}   u = {u:.4f}   h = {h:.4f} nats   log E exp(r/beta) = {exact:.4f}")
     print(f"the same from V alone, an upper bound: {from_v:.4f}")
@@ -124,20 +122,6 @@ def main():
     print("GAE(lambda = .5) of V = (.2, .5, .1) and r = 1:", [round(x, 4) for x in advantages[0].tolist()])
     assert torch.allclose(advantages, torch.tensor([[0.325, 0.05, 0.9]]))
     assert torch.allclose(gae(torch.tensor([1.0]), values, mask, lam=1.0), 1 - values)  # lambda = 1: return - V
-
-    # A head fitted on returns finds the two means.
-    torch.manual_seed(0)
-    head, hidden = ValueHead(8), torch.randn(1, 8).expand(512, 8)
-    drawn = rewards[torch.multinomial(chances, 512, replacement=True)].float()[:, None]
-    targets = soft_target(drawn, r_lo, r_hi, beta)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
-    for _ in range(300):
-        V, u_logit = head(hidden[:, None])
-        loss, _ = value_loss(V, u_logit, drawn, targets, torch.full_like(drawn, 1 / 512))
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    print(f"a head fitted on 512 draws: V = {V[0, 0]:.3f} (their mean {drawn.mean():.3f}), "
-          f"u = {torch.sigmoid(u_logit[0, 0]):.3f} (their mean {targets.mean():.3f})")  # fmt: skip
-    assert abs(V[0, 0] - drawn.mean()) < 1e-2 and abs(torch.sigmoid(u_logit[0, 0]) - targets.mean()) < 1e-2
 
 
 if __name__ == "__main__":

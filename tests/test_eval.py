@@ -16,6 +16,7 @@ import policy
 import reward
 import train
 from conftest import ROOT, finish, launch, rows
+from experiments import eval_files
 
 K = 4  # completions a problem
 MODES = {
@@ -148,13 +149,13 @@ def test_the_worst_completions():
     make = lambda name, said, formatted, cut: {"text": name, "answer": said, "formatted": formatted, "truncated": cut,
                                                "correct": said == 7}  # fmt: skip
     table = [{"truth": 7, "completions": [make(name, *facts)]} for name, facts in reversed(kinds.items())]
-    faults = evaluation.worst([*table, {"truth": 7, "completions": []}], "sample", 9)
+    faults = eval_files.worst([*table, {"truth": 7, "completions": []}], "sample", 9)
     texts = {kind: (count, [c["text"] for _, c in pairs]) for kind, (count, pairs) in faults.items()}
     assert texts == {
         "no leaf within the bounds": (1, [""]), "truncated": (1, ["cut"]), "malformed": (1, ["bad"]),
         "wrong, nearest first": (2, ["near", "far"]),
     }  # fmt: skip
-    assert len(evaluation.worst(table, "sample", 1)["wrong, nearest first"][1]) == 1
+    assert len(eval_files.worst(table, "sample", 1)["wrong, nearest first"][1]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
@@ -209,8 +210,8 @@ def test_the_sign_test_equals_enumeration():
         falls = [sum(coins) for coins in itertools.product((0, 1), repeat=n)]
         for better in range(n + 1):
             p = sum(abs(2 * fall - n) >= abs(2 * better - n) for fall in falls) / len(falls)
-            assert evaluation.sign_test(better, n - better) == pytest.approx(p)
-    assert 0 <= evaluation.sign_test(4000, 0) < 1e-300
+            assert eval_files.sign_test(better, n - better) == pytest.approx(p)
+    assert 0 <= eval_files.sign_test(4000, 0) < 1e-300
 
 
 def test_comparison_is_paired():
@@ -218,14 +219,14 @@ def test_comparison_is_paired():
     Guards against resampling the two apart, for which it would be three times that."""
     A = [row_of(float(i < 200), f"{i}*1=", i) for i in range(400)]
     B = [row_of(float(i < 220), f"{i}*1=", i) for i in range(400)]
-    result = evaluation.compare(A, B)
+    result = eval_files.paired(A, B)
     assert (result["difference"], result["B_better"], result["A_better"]) == (pytest.approx(0.05), 20, 0)
     assert result["p_value"] == 2 / 2**20
     error = math.sqrt(0.05 * 0.95 / 400)
     assert result["difference_interval"] == pytest.approx([0.05 - 1.96 * error, 0.05 + 1.96 * error], abs=0.15 * error)
-    back = evaluation.compare(B, A)
+    back = eval_files.paired(B, A)
     assert back["difference"] == -result["difference"] and back["A_better"] == 20
-    assert evaluation.compare(A, A)["p_value"] == 1.0
+    assert eval_files.paired(A, A)["p_value"] == 1.0
 
 
 # ------------------------------------------------------------------------------------------ command line and files

@@ -153,6 +153,14 @@ def test_every_place_it_names_exists():
             thing = getattr(thing, part)
 
 
+def test_every_link_within_it_leads_to_a_heading():
+    """By the rule of GitHub: lower case, no punctuation, blanks as hyphens.  Guards against a section that is renamed."""
+    headings = re.findall(r"^##+ (.+)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    linked = set(re.findall(r"\]\(#([^)]*)\)", README))
+    assert linked and linked <= anchors, linked - anchors
+
+
 def test_every_file_it_names_exists():
     for name in set(re.findall(r"`((?:experiments|tests|tiny_base)/[\w./-]*)`", README)):
         assert (ROOT / name).exists(), name
