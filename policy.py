@@ -19,7 +19,6 @@ Grid: index t of everything (B, T-1) is about the token at t+1 of tokens (B, T).
     python policy.py        # scores a tiny random model both ways and checks the losses by hand
 """
 
-import copy
 import logging as python_logging
 import os
 
@@ -54,19 +53,6 @@ def read_config(name):
         if "drop" in key and isinstance(x, float):
             setattr(config.get_text_config(), key, 0.0)
     return config
-
-
-def outline(name, freeze_blocks=0):
-    """The model of a folder or a hub id on the meta device: every shape, no memory.  Raises ValueError."""
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(name)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"--model {name}: not a causal language model ({_first_line(error)})") from None
-    return freeze(model, freeze_blocks)
 
 
 def load_tokenizer(name):
@@ -138,29 +124,6 @@ def stop_tokens(model, tokenizer):
     given = getattr(model.generation_config, "eos_token_id", None)
     ids = set(given if isinstance(given, (list, tuple)) else [given]) | {tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
-
-
-def activation_bytes(model, dtype, tokens=64):
-    """What autograd keeps of one block for the backward pass, in bytes a token.  Counted, not derived: an outlined
-    model runs on the CPU with one block and with two, and a hook sees every tensor that is kept."""
-    kept = []
-    for blocks in (1, 2):
-        small = copy.deepcopy(model)
-        del blocks_of(small)[blocks:]
-        small.config.get_text_config().num_hidden_layers = blocks
-        small = small.to(dtype).to_empty(device="cpu")  # of undefined content: only shapes matter
-        weights = {parameter.untyped_storage()._cdata for parameter in small.parameters()}
-        storages = {}  # a tensor may be kept several times, or in several views: its storage counts once
-
-        def keep(tensor):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            alive = small.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
-        kept.append(sum(storages[key] for key in storages.keys() - weights) / tokens)
-        del alive  # until here, so that no storage was used twice
-    return kept[1] - kept[0]
 
 
 def check_context(model, prompt_tokens, max_new_tokens):

@@ -766,99 +766,16 @@ class Clock:
         self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
 
 
-# ============================================================================================== memory, on paper
-
-
-def memory(config, model, prompt, activations, world_size, offload):
-    """What a rank needs, in bytes by name, and the peaks on the GPU: "rollouts" and "update"; "host" for the offload.
-
-    model: its outline (policy.outline); prompt: tokens of a prompt; activations: policy.activation_bytes.  An upper
-    bound where the run decides: every search uses all of --max-nodes, and every completion is of full length.
-    """
-    text = model.config.get_text_config()
-    D, V, L, heads = text.hidden_size, text.vocab_size, text.num_hidden_layers, text.num_attention_heads
-    blocks = policy.blocks_of(model)
-    parameters = [*model.parameters(), *value_module.ValueHead(D).parameters()]
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    block = sum(p.numel() for p in blocks[0].parameters())
-    root = total - block * len(blocks)
-    reference = total if config.loss == "apo" else 0  # the base as it was: no gradients, no moments
-    c = 2 if config.mixed_precision == "bf16" else 4  # bytes of a number in a forward pass
-    sharded = world_size > 1 or offload or c == 2
-
-    # What a rank keeps: 1/W of the float32 weights, of their gradients, and of AdamW's two moments.
-    need = {"weights": 4 * (total + reference) / world_size, "gradients": 4 * trained / world_size}
-    need["moments"] = 2 * need["gradients"]
-    kept = 0 if offload else need["weights"] + need["moments"]
-
-    # Rollouts: whole weights; a row of K/V a prompt token and a node, and with it its ancestors and its hidden state.
-    whole = c * (total + reference) * sharded
-    problems = min(config.rollout_batch, math.ceil(config.problems_per_iteration / world_size))
-    span = prompt + config.max_new_tokens
-    rows, capacity = problems * (prompt + config.max_nodes), max(1024, 2 * problems * prompt)
-    while capacity < rows:  # tables grow by doubling
-        capacity *= 2
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    kv = 2 * kv_heads * (getattr(text, "head_dim", None) or D // heads) * c  # of a row in one layer
-    need["K/V"] = capacity * kv * L
-    nodes = problems * config.width  # of a round: scores of all their children; ancestors' K/V of a layer, and copies
-    need["search"] = capacity * (1.5 * 8 * span + c * D) + nodes * (80 * V + 3 * kv * span)
-
-    # Update: the root stays whole, two blocks come and go, gradients are whole until they are split.
-    tokens = config.micro_batch * span
-    at_once = 2 + L * c * D / activations if config.gradient_checkpointing == "on" else L + 1  # blocks' worth
-    need["activations"] = tokens * activations * at_once + 20 * min(1 << 24, tokens * V)  # and a chunk of logits
-    gathered = (c * (root + 2 * block) + (c + 4) * root) * sharded
-    need["gathered"] = max(whole, gathered)
-
-    backward = gathered + need["activations"] + (0 if offload else need["gradients"])
-    need["rollouts"] = kept + whole + need["K/V"] + need["search"]
-    need["update"] = kept + backward
-    need["host"] = offload * (need["weights"] + need["gradients"] + need["moments"])
-    return need
-
-
-def dry_run(config, gpu_memory=None):
-    """Print the memory of a rank, of 1, 2, 4 and 8, with and without offload, without loading any weights.  Raises
-    ValueError if the run, as its flags and torchrun have it, needs more than gpu_memory GiB."""
-    model = policy.outline(config.model, config.freeze_blocks)
-    problems = data.eval_problems(64, config.digits, config.prompt)
-    try:
-        prompt = max(map(len, evaluation.encode(policy.load_tokenizer(config.model), problems)))
-        known = "the longest of 64 problems"
-    except ValueError:
-        prompt = max(len(problem.prompt) for problem in problems) // 3
-        known = "no tokenizer: taken as 3 characters a token"
-    policy.check_context(model, prompt, config.max_new_tokens)
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    activations = policy.activation_bytes(model, dtype)
-    print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(policy.blocks_of(model))} blocks")
-    print(f"prompts of {prompt} tokens ({known}); a block keeps {activations:,.0f} bytes a token for the backward pass")
-    print("GiB of a rank, at most; rollouts and update are the peaks on the GPU\n")
-    this = (int(os.environ.get("WORLD_SIZE", 1)), config.cpu_offload)
-    peaks = {}
-    for setting in ((ranks, offload) for offload in (False, True) for ranks in sorted({1, 2, 4, 8, this[0]})):
-        need = memory(config, model, prompt, activations, *setting)
-        if not peaks:
-            print("ranks  offload" + "".join(f"{name:>12s}" for name in need))
-        numbers = "".join(f"{x / 2**30:12.2f}" for x in need.values())
-        print(f"{setting[0]:5d}  {'on' if setting[1] else 'off':>7s}{numbers}")
-        peaks[setting] = max(need["rollouts"], need["update"]) / 2**30
-    if gpu_memory and peaks[this] > gpu_memory:
-        fits = [f"{n} ranks{' with --cpu-offload' * offload}" for (n, offload), peak in peaks.items() if peak <= gpu_memory]
-        instead = f"it fits on {fits[0]}" if fits else "lower --rollout-batch, --max-nodes or --micro-batch"
-        raise ValueError(f"--gpu-memory {gpu_memory:g}: a rank needs {peaks[this]:.1f} GiB; {instead}")
-
-
 # ===================================================================================================== the loop
 
 
 def main(argv=None):
     config, args, refuse = parse(argv)
     if args.dry_run:
+        from experiments import memory
+
         try:
-            return dry_run(config, args.gpu_memory)
+            return memory.dry_run(config, args.gpu_memory)
         except (ValueError, OSError) as error:
             refuse(str(error))
 
