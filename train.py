@@ -29,7 +29,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,22 +43,22 @@ import policy
 import reward as reward_module
 import value as value_module
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
 # ======================================================================================================== flags
 
 
 def flag(default, help, choices=None, low=-math.inf, high=math.inf, above=-math.inf):
     """A Config field: its default, what it means, and what is allowed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "above": above, "high": high})
+    metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    """Every field is a flag: --rollouts-per-problem 8.  `low`, `high` are allowed, `above` is not."""
+    """Every field is a flag: --rollouts-per-problem 8.  `low`, `high` are allowed, `above` is not.  Raises ValueError for a
+    number out of bounds, and for flags that contradict each other."""
 
     # the task
-    model: str = flag(os.path.join(HERE, "tiny_base"), "folder or hub id of the base model")
+    model: str = flag(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base"), "folder or hub id of the base model")
     prompt: str = flag("terse", "prompt style", choices=tuple(data.PROMPTS))
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
     train_file: str = flag("", "jsonl file of training problems with prompt and answer, instead of made ones")
@@ -121,6 +120,22 @@ class Config:
     resume: str = flag("", "auto: from the newest checkpoint of the output folder; or a checkpoint folder")
     overwrite: bool = flag(False, "remove the run that the output folder holds")
 
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            x, (low, above, high) = getattr(self, f.name), (f.metadata[bound] for bound in ("low", "above", "high"))
+            if not isinstance(x, str) and not (low <= x <= high and above < x < math.inf):  # a NaN fails each of these
+                bounds = {"at least": low, "above": above, "at most": high}
+                words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+                raise ValueError(f"--{f.name.replace('_', '-')} must be {words}, not {x}")
+        data.parse_digits(self.digits)
+        if self.minibatches > self.problems_per_iteration:
+            raise ValueError(f"--minibatches {self.minibatches} is more than the {self.problems_per_iteration} problems")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite contradict each other")
+        for package in ("wandb", "tensorboard"):
+            if getattr(self, package) and not importlib.util.find_spec(package):
+                raise ValueError(f"--{package}: the package is not installed: pip install {package}")
+
 
 PRESETS = {
     "local": {},
@@ -135,7 +150,8 @@ PRESETS = {
         gradient_checkpointing="on", mixed_precision="bf16", problems_per_iteration=128, rollout_batch=32, cover=0.9,
     ),
 }  # fmt: skip
-# May differ between a run and its continuation.  More iterations stretch the cosine of the learning rate.
+# May differ between a run and its continuation: where and how fast it runs, what it writes.  A run with any other flag
+# changed would be a mixture of two, and no seed could give it again.  More iterations stretch the learning rate's cosine.
 FREE_ON_RESUME = set(
     "iterations device distributed cpu_offload output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
     "micro_batch model rollout_batch wandb tensorboard".split()
@@ -151,13 +167,11 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="checkpoint folder for --eval-only")
     parser.add_argument("--dry-run", action="store_true", help="print the memory that a rank needs, and exit")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: refuse what does not fit a GPU")
-    for f in dataclasses.fields(Config):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", default=None, help=text)
-        else:
-            text += f" (default {f.default})" if f.default != "" else ""
-            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=text)
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        text = f.metadata["help"].replace("%", "%%") + (f" (default {f.default})" if f.default not in ("", False) else "")
+        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
     args = parser.parse_args(argv)
     try:
         if args.eval_only != bool(args.checkpoint):
@@ -165,34 +179,11 @@ def parse(argv):
         if args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < math.inf):
             raise ValueError("--gpu-memory GIB is for --dry-run, and above 0")
         # A checkpoint is evaluated as its run was configured; flags change it.
-        config = Config(**(read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]))
-        for f in dataclasses.fields(Config):
-            given = getattr(args, f.name)
-            if given is not None:
-                setattr(config, f.name, given)
-        check(config)
+        preset = read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]
+        config = Config(**(preset | {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}))
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     return config, args, parser.error
-
-
-def check(config):
-    """Raise ValueError for a number out of bounds or flags that contradict each other."""
-    for f in dataclasses.fields(config):
-        x, (low, above, high) = getattr(config, f.name), (f.metadata[bound] for bound in ("low", "above", "high"))
-        if not isinstance(x, str) and not (low <= x <= high and above < x < math.inf):  # no comparison holds for a NaN
-            bounds = {"at least": low, "above": above, "at most": high}
-            words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
-            raise ValueError(f"--{f.name.replace('_', '-')} must be {words}, not {x}")
-    data.parse_digits(config.digits)
-    parts, N = config.minibatches, config.problems_per_iteration
-    if parts > N:
-        raise ValueError(f"--minibatches {parts} is more than --problems-per-iteration {N}")
-    for package in ("wandb", "tensorboard"):
-        if getattr(config, package) and not importlib.util.find_spec(package):
-            raise ValueError(f"--{package}: the package is not installed: pip install {package}")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume and --overwrite contradict each other")
 
 
 # ============================================================================================= files of a run
@@ -207,11 +198,12 @@ def checkpoints(folder):
     return [os.path.join(folder, name) for _, name in sorted(found)]
 
 
-def inspect_output(config):
-    """The checkpoints that the run may go on from, newest first; [] for a new run.  Raises ValueError if the output
-    folder cannot be used.  Changes nothing."""
-    folder, found, resume = config.output_dir, checkpoints(config.output_dir), config.resume
-    if os.path.exists(folder) and not os.path.isdir(folder):
+def find_start(config):
+    """Where the run begins: (checkpoint folder or "", its trainer state with the checkpoints that are there).  Changes
+    nothing.  A damaged checkpoint is passed over for the one before it, and that is said.  Raises ValueError if the
+    output folder cannot be used, or no checkpoint is whole, or its run had other flags."""
+    folder, found, resume = os.path.abspath(config.output_dir), checkpoints(config.output_dir), config.resume
+    if os.path.isfile(folder):
         raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
     held = found + [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
     if "config.json" in held:
@@ -219,21 +211,15 @@ def inspect_output(config):
             if '"output_dir"' not in file.read():  # a model's: nobody wants it cleared for a run
                 raise ValueError(f"--output-dir {folder}: its config.json is not a run's, so the folder is left alone")
     for path in (config.model, config.train_file, config.eval_file):
-        if config.overwrite and path and os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep):
+        if config.overwrite and path and os.path.abspath(path).startswith(folder + os.sep):
             raise ValueError(f"--overwrite would remove {path}, which this run needs: give another --output-dir")
-    own = resume == "auto" or resume and os.path.dirname(os.path.abspath(resume)) == os.path.abspath(folder)
+    own = resume == "auto" or resume and os.path.dirname(os.path.abspath(resume)) == folder
     if held and not (own or config.overwrite):
         raise ValueError(f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir")
-    return found[::-1] if resume == "auto" else [resume] if resume else []
-
-
-def find_start(config):
-    """Where the run begins: (checkpoint folder or "", its trainer state).  A damaged checkpoint is passed over for the
-    one before it, and that is said.  Raises ValueError where there is no whole one, or one of a run with other flags."""
-    candidates = inspect_output(config)
-    for folder, older in zip(candidates, candidates[1:] + [None]):
+    candidates = found[::-1] if resume == "auto" else [resume] if resume else []
+    for source, older in zip(candidates, candidates[1:] + [None]):
         try:
-            state = read_state(folder)
+            state = read_state(source)
         except ValueError as error:
             if older is None:
                 raise
@@ -243,14 +229,15 @@ def find_start(config):
             free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
             given, flag_name = getattr(config, name, x), name.replace("_", "-")
             if not free and given != x:
-                raise ValueError(f"--{flag_name} {given} differs from the {x} that {folder} was trained with")
-        return folder, state
-    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0}
+                raise ValueError(f"--{flag_name} {given} differs from the {x} that {source} was trained with")
+        return source, state | {"found": found}
+    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0, "found": found}
 
 
-def open_output(config, source, iteration):
+def open_output(config, source, iteration, found):
     """Make the output folder ready to go on from `source`, after `iteration`: a new run starts empty, a resumed one is
-    cut back.  Returns the lock that keeps other runs out, a file handle; the system drops it however this process ends."""
+    cut back.  found: the checkpoints that find_start saw.  Returns the lock that keeps other runs out, a file handle;
+    the system drops it however this process ends."""
     folder = config.output_dir
     try:
         os.makedirs(folder, exist_ok=True)
@@ -259,7 +246,7 @@ def open_output(config, source, iteration):
     except OSError as error:
         why = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
         raise ValueError(f"--output-dir {folder}: {why}; give another folder") from None
-    if source not in (inspect_output(config) or [""]):  # asked again: loading the model took its time
+    if checkpoints(folder) != found:  # asked again: loading the model took its time
         raise ValueError(f"--output-dir {folder}: another run has just written there: start again")
     for path in (os.path.join(folder, name) for name in RUN_FILES[1:]):
         kept = []  # lines after the checkpoint will be written again; one cut short by a kill is dropped
@@ -336,7 +323,7 @@ def save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progre
         evaluation.write(os.path.join(aside, "trainer_state.json"), json.dumps(state, indent=1))
         for path in (*paths.values(), aside):
             sync(path)
-        os.rename(aside, final)
+        os.rename(aside, final)  # only now is it a checkpoint, and only after that may an older one go
         sync(config.output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -415,10 +402,8 @@ def load_everything(config, source, reward, ranks):
     V, T = model.get_output_embeddings().weight.shape[0], config.max_new_tokens
     most = min(config.max_nodes * (V - 1) + 1, V ** min(T, 64))
     if config.rollout == "astar" and config.rollouts_per_problem > most:
-        raise ValueError(
-            f"--rollouts-per-problem {config.rollouts_per_problem}: within --max-nodes {config.max_nodes} and "
-            f"--max-new-tokens {T} only {most} different completions can exist"
-        )
+        bounds = f"--max-nodes {config.max_nodes} and --max-new-tokens {T}"
+        raise ValueError(f"--rollouts-per-problem: within {bounds} only {most} different completions can exist")
     torch.manual_seed(config.seed)  # the first layer of the value head; nothing else is drawn from torch
     head = value_module.ValueHead(model.config.get_text_config().hidden_size)
     if source:
@@ -442,7 +427,8 @@ def draw_problems(config, iteration, ranks, from_file):
 
 
 def make_rollouts(model, tokenizer, problems, keys, config, reward, value, kind, K):
-    """Search or sample completions for problems, `rollout_batch` of them in lock-step.  Returns one Rollouts."""
+    """Search or sample completions for problems, `rollout_batch` of them in lock-step: a round of all their searches is
+    one forward.  kind: "astar" or "sample"; value: guide of the search, or None for h = 0.  Returns one Rollouts."""
     parts = []
     for start in range(0, max(1, len(problems)), config.rollout_batch):  # a rank may have no problems: no rollouts then
         chunk = slice(start, start + config.rollout_batch)
@@ -461,10 +447,12 @@ def make_rollouts(model, tokenizer, problems, keys, config, reward, value, kind,
 
 
 def learning_rate_scale(config, iteration):
-    """Linear warm-up, then a cosine down to final_rate; iteration counts from 1."""
+    """Linear warm-up, while the head's first advantages are noise, then a cosine down to final_rate; iteration counts
+    from 1."""
     if iteration <= config.warmup:
         return iteration / config.warmup
     progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
+    # eta(i)/eta = f + (1 - f) (1 + cos(pi p))/2
     return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -478,6 +466,7 @@ def minibatches_of(rollouts, indices, config, iteration, epoch):
     N = config.problems_per_iteration
     order = list(range(N))
     random.Random(f"order {config.seed} {iteration} {epoch}").shuffle(order)
+    # By problem, not by leaf: the leaves of a problem are weighted against each other, and stay together.
     part_of = {p: i * config.minibatches // N for i, p in enumerate(order)}
     parts = torch.tensor([part_of[indices[row]] for row in rollouts.problem.tolist()], dtype=torch.int64)
     dealt = []
@@ -489,10 +478,11 @@ def minibatches_of(rollouts, indices, config, iteration, epoch):
 
 
 @torch.no_grad()
-def score_all(model, rollouts, micro_batches, device):
-    """log pi (B, T-1) of rollouts under a model by the forward that training uses, in these micro-batches."""
+def score_all(model, rollouts, indices, config, iteration, device):
+    """log pi (B, T-1) of rollouts under a model by the forward that training uses, in the micro-batches of the first
+    epoch: then it is exactly what the first update computes again."""
     logprobs = torch.zeros_like(rollouts.logprobs)
-    for rows in micro_batches:
+    for rows in sum(minibatches_of(rollouts, indices, config, iteration, epoch=0), []):
         part = rollouts.select(rows, device)
         logp, _, _ = policy.score(model, part.tokens, part.mask)
         logprobs[rows, : logp.shape[1]] = logp.cpu()
@@ -518,23 +508,20 @@ def credit(rollouts, verdicts, reward, config):
 def losses(score, head, part, config, token_total, leaf_total):
     """Policy and value loss of one micro-batch of rollouts, on its device: (loss, metrics), both sums over the
     micro-batch divided by totals of the whole minibatch, so that micro-batches and ranks add up."""
-    mask, extra, old = part.mask, part.extra, part.logprobs
-    token_weights = extra["leaf_weight"][:, None] * mask / token_total
+    mask, extra, rewards = part.mask, part.extra, part.extra["rewards"]
+    weights = extra["leaf_weight"][:, None] * mask / token_total  # (B, T-1): a leaf counts by its weight and its tokens
     logp, entropy, hidden = score(part.tokens, mask)
     if config.loss == "apo":
-        leaf_weights = extra["leaf_weight"] / leaf_total
-        policy_loss, metrics = policy.apo_loss(
-            logp, extra["ref_logprobs"], mask, extra["rewards"], extra["optimal_value"], config.beta2, leaf_weights
-        )
+        V_star, leaf_weights = extra["optimal_value"], extra["leaf_weight"] / leaf_total
+        how = (config.beta2, leaf_weights)
+        policy_loss, metrics = policy.apo_loss(logp, extra["ref_logprobs"], mask, rewards, V_star, *how)
     else:  # grpo and em differ from ppo in their advantages alone
-        policy_loss, metrics = policy.ppo_loss(
-            logp, old, extra["advantages"], entropy, token_weights, config.clip, config.entropy_coef
-        )
-    metrics |= policy.ratio_metrics(logp, old, entropy, token_weights, config.clip)
+        how = (config.clip, config.entropy_coef)
+        policy_loss, metrics = policy.ppo_loss(logp, part.logprobs, extra["advantages"], entropy, weights, *how)
+    metrics |= policy.ratio_metrics(logp, part.logprobs, entropy, weights, config.clip)
     V, u_logit = head(hidden)
-    returns, targets = (value_module.monte_carlo_returns(extra[name], mask) for name in ("rewards", "soft_targets"))
-    value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, token_weights)
-    # Both gradients reach the trunk: the head sees log pi's hidden states, and they learn what it needs.
+    returns, targets = (value_module.monte_carlo_returns(x, mask) for x in (rewards, extra["soft_targets"]))
+    value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, weights)
     return policy_loss + value_loss, metrics | value_metrics
 
 
@@ -611,6 +598,7 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
     returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
     moments = policy.moments(rollouts.values, returns, weight[:, None] * mask)
     counts = {name: stats[name] for name in ("model_tokens", "forwards", "pruned")}
+    # Sums are told to the other ranks, never means: a rank with two problems would weigh like one with a hundred.
     told = fsdp.total(means | moments | counts | {"problems": len(problems)}, ranks)
     row = {name: told[name] / told["problems"] for name in means}
     row["explained_variance"] = policy.explained_variance(told)
@@ -652,12 +640,6 @@ def timed(phases, name):
     phases[name] = phases.get(name, 0.0) + time.perf_counter() - start
 
 
-SHOWN = (  # of a row of metrics.jsonl on the terminal: word, name, format
-    ("accuracy", "rollout_accuracy", ".3f"), ("reward", "reward_mean", "+.2f"), ("length", "completion_length", "5.1f"),
-    ("leaves", "leaves", ".1f"), ("kl", "approx_kl", ".4f"), ("clip", "clip_fraction", ".2f"),
-    ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
-)  # fmt: skip
-
 # ===================================================================================================== the loop
 
 
@@ -678,16 +660,16 @@ def main(argv=None):
         on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
         begin = lambda: (args.checkpoint, {}) if args.eval_only else find_start(config)
         source, state = fsdp.everyone(on_main(begin), ranks)[0]
-        model, tokenizer, head, base, train_file, eval_set = fsdp.agree(
-            lambda: load_everything(config, source, reward, ranks), ranks
-        )
+        loaded = fsdp.agree(lambda: load_everything(config, source, reward, ranks), ranks)
+        model, tokenizer, head, base, train_file, eval_set = loaded
         if state.get("reward_bounds", [*reward.bounds]) != [*reward.bounds]:
             raise ValueError(f"--reward: its bounds are not the {state['reward_bounds']} that {source} was trained with")
         shard = functools.partial(fsdp.shard, ranks=ranks, offload=config.cpu_offload)
         model, head = shard(model, blocks=policy.blocks_of(model), mixed_precision=bf16), shard(head)
         base = base and shard(base, blocks=policy.blocks_of(base), mixed_precision=bf16)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Two groups, each with a learning rate of its own, which `update` sets.
+        # Two groups, each with a learning rate of its own, which `update` sets.  A run has some hundred steps: Adam's
+        # usual 0.999 would remember the gradients of the first policy to its end.
         groups = [{"params": trained, "betas": (0.9, 0.95)}, {"params": list(head.parameters())}]
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         if not args.eval_only:
@@ -699,7 +681,8 @@ def main(argv=None):
                 from experiments import logs
 
                 log_too = on_main(lambda: logs.start(config, iteration + bool(source)))
-            lock = on_main(lambda: open_output(config, source, iteration))  # the last: from here on the folder is ours
+            # The last thing to go wrong: until here nothing was written, from here on the folder is ours.
+            lock = on_main(lambda: open_output(config, source, iteration, state["found"]))
     except (ValueError, OSError) as error:
         refuse(str(error))
     score = fsdp.through(model, policy.score)
@@ -759,7 +742,7 @@ def main(argv=None):
     heard = lambda: next((number for told in fsdp.everyone(received, ranks) for number in told), None)
     bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None if ranks.is_main else True)
     try:
-        with hold(held, received):
+        with contextlib.suppress(KeyboardInterrupt), hold(held, received):
             if not source:
                 row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
                 record(row)
@@ -770,39 +753,39 @@ def main(argv=None):
 
                 # -------------------------------------------------------------- 1. rollouts: A* search, or sampling
                 problems, indices = draw_problems(config, n, ranks, train_file)
-                search_for = functools.partial(
-                    make_rollouts, tokenizer=tokenizer, problems=problems, config=config, reward=reward,
-                    keys=astar_search.root_keys(config.seed, n, indices),
-                )  # fmt: skip
+                given = dict(tokenizer=tokenizer, problems=problems, config=config, reward=reward)
+                given["keys"] = astar_search.root_keys(config.seed, n, indices)  # of the noise: by problem, not by rank
+                # Whole weights on every rank: each search runs as many forwards as it needs, and waits for nobody.
                 with timed(phases, "rollouts"), fsdp.gathered(model, head):
-                    rollouts = search_for(model, value=value, kind=config.rollout, K=config.rollouts_per_problem)
+                    rollouts = make_rollouts(model, value=value, kind=config.rollout, K=config.rollouts_per_problem, **given)
 
                 # ---------------------------------------------------------------------------------------- 2. rewards
                 texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
 
                 # ----------------------------------------------------------------- 3. leaf weights and advantages
+                # Whatever needs pi_old is computed here, once, before the first step moves the policy.
                 rollouts.extra = credit(rollouts, verdicts, reward, config)
                 learned = summarise(rollouts, texts, verdicts, problems, ranks)
                 if learned["leaves"] == 0:
                     raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
                 spent = learned.pop("model_tokens")
-                if base is not None or bf16:  # the micro-batches of the first epoch, to score as training will
-                    batches = [rows for minibatch in minibatches_of(rollouts, indices, config, n, 0) for rows in minibatch]
                 if base is not None:  # apo: V*(x) from samples of the base; their tokens count
                     with timed(phases, "rollouts"), fsdp.gathered(base):
-                        reference = search_for(base, value=None, kind="sample", K=config.apo_samples)
-                        rollouts.extra["ref_logprobs"] = score_all(base, rollouts, batches, ranks.device)
+                        reference = make_rollouts(base, value=None, kind="sample", K=config.apo_samples, **given)
+                        rollouts.extra["ref_logprobs"] = score_all(base, rollouts, indices, config, n, ranks.device)
                     spent += fsdp.total({"tokens": reference.stats["model_tokens"]}, ranks)["tokens"]
                     _, judged = evaluation.judge(reference, tokenizer, problems, reward, config.max_new_tokens)
                     drawn = torch.tensor([verdict["reward"] for verdict in judged]).repeat_interleave(reference.count)
+                    # V*(x) = beta1 log mean exp(r/beta1)
                     optimal = policy.optimal_value(drawn.view(len(problems), config.apo_samples), config.beta1)
                     rollouts.extra["optimal_value"] = optimal[rollouts.problem]
                 if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
                     with timed(phases, "update"), fsdp.gathered(model):
-                        rollouts.logprobs = score_all(model, rollouts, batches, ranks.device)
+                        rollouts.logprobs = score_all(model, rollouts, indices, config, n, ranks.device)
 
                 with hold([signal.SIGINT], received):
                     # ------------------------------------------------------------------------------- 4. the update
+                    # From here to the checkpoint Ctrl-C waits: half an update is no policy that anybody trained.
                     with timed(phases, "update"):
                         learned |= update(model, score, head, optimizer, rollouts, indices, config, n, ranks)
                     iteration, model_tokens = n, model_tokens + spent
@@ -812,17 +795,22 @@ def main(argv=None):
                     row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
                     record(row)
                     log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
-                    line = f"{n:4d}/{config.iterations}" + "".join(f"  {word} {row[name]:{form}}" for word, name, form in SHOWN)
-                    say(line + (f"  | eval {evaluated[n]:.3f}" if n in evaluated else ""))
+                    say(f"{n:4d}/{config.iterations}  accuracy {row['rollout_accuracy']:.3f}  reward {row['reward_mean']:+.2f}  "
+                        f"length {row['completion_length']:5.1f}  leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  "
+                        f"clip {row['clip_fraction']:.2f}  entropy {row['entropy']:.2f}  tokens {model_tokens:,d}  "
+                        f"seconds {row['seconds']:.0f}" + (f"  | eval {evaluated[n]:.3f}" if n in evaluated else ""))  # fmt: skip
                     sys.stdout.flush()
                     bar.set_postfix_str(f"accuracy {row['rollout_accuracy']:.3f}")
                     bar.update()
 
                     # ---------------------------------------------------------------------------- 6. the checkpoint
+                    # No random state is in it: problems, noise and order are functions of (seed, iteration, index).
                     if n % config.checkpoint_every == 0 or n == config.iterations:
                         saved = keep()
-    except KeyboardInterrupt:  # one process: the iteration that it broke into is dropped
-        stopped = signal.SIGINT
+        if iteration < config.iterations:  # by a signal that waited, or a Ctrl-C that broke in: its iteration is dropped
+            stopped = stopped or signal.SIGINT
+            if iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
+                saved = keep()
     except Exception as error:
         failure = what_failed(error, ranks)
     finally:
@@ -831,20 +819,14 @@ def main(argv=None):
             os.close(lock)
 
     # ------------------------------------------------------------------------------------------------- last words
-    if stopped and not failure and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
-        try:
-            saved = keep()
-        except OSError as error:
-            failure = what_failed(error, ranks)
     if failure:
         print(f"train.py: stopped: {failure}; the last good checkpoint is {saved or 'none'}", file=sys.stderr)
         sys.exit(1)
-    if stopped and iteration < config.iterations:
+    if iteration < config.iterations:
         go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
         name, status = ("SIGTERM", 0) if stopped == signal.SIGTERM else ("Ctrl-C", 130)
         say(f"train.py: stopped by {name} after iteration {iteration}; {go_on}", file=sys.stderr)
-        fsdp.stop(ranks, status)
-        sys.exit(status)
+        return fsdp.stop(ranks, status)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     if ranks.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30

@@ -36,11 +36,8 @@ def outline(name, freeze_blocks=0):
     from transformers import AutoModelForCausalLM
 
     config = policy.read_config(name)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"--model {name}: not a causal language model ({policy._first_line(error)})") from None
+    with policy.one_sentence(f"--model {name}: not a causal language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return policy.freeze(model, freeze_blocks)
 
 
