@@ -156,11 +156,9 @@ def shard(module, ranks, blocks=(), mixed_precision=False, offload=False):
     if ranks.mesh is None:
         return module.to(ranks.device)
     bf16 = fsdp2.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = dict(
-        mesh=ranks.mesh,
-        mp_policy=bf16 if mixed_precision else fsdp2.MixedPrecisionPolicy(),
-        offload_policy=fsdp2.CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if offload else fsdp2.OffloadPolicy(),
-    )
+    host = fsdp2.CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+    options = dict(mesh=ranks.mesh, mp_policy=bf16 if mixed_precision else fsdp2.MixedPrecisionPolicy())
+    options["offload_policy"] = host if offload else fsdp2.OffloadPolicy()
     for block in blocks:
         fsdp2.fully_shard(block, **options)
     fsdp2.fully_shard(module, **options)

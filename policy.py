@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 @contextlib.contextmanager
 def one_sentence(what):
-    """Whatever fails inside becomes a ValueError of one line: no network, no such repository, gated, broken JSON, ..."""
+    """Whatever fails inside becomes a ValueError of one line: no network, no such repository, broken JSON, ..."""
     try:
         yield
     except Exception as error:

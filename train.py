@@ -43,6 +43,8 @@ import policy
 import reward as reward_module
 import value as value_module
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+
 # ======================================================================================================== flags
 
 
@@ -54,11 +56,11 @@ def flag(default, help, choices=None, low=-math.inf, high=math.inf, above=-math.
 
 @dataclasses.dataclass
 class Config:
-    """Every field is a flag: --rollouts-per-problem 8.  `low`, `high` are allowed, `above` is not.  Raises ValueError for a
-    number out of bounds, and for flags that contradict each other."""
+    """Every field is a flag: --rollouts-per-problem 8.  `low`, `high` are allowed, `above` is not.  Raises ValueError
+    for a number out of bounds, and for flags that contradict each other."""
 
     # the task
-    model: str = flag(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base"), "folder or hub id of the base model")
+    model: str = flag(os.path.join(HERE, "tiny_base"), "folder or hub id of the base model")
     prompt: str = flag("terse", "prompt style", choices=tuple(data.PROMPTS))
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
     train_file: str = flag("", "jsonl file of training problems with prompt and answer, instead of made ones")
@@ -129,7 +131,7 @@ class Config:
                 raise ValueError(f"--{f.name.replace('_', '-')} must be {words}, not {x}")
         data.parse_digits(self.digits)
         if self.minibatches > self.problems_per_iteration:
-            raise ValueError(f"--minibatches {self.minibatches} is more than the {self.problems_per_iteration} problems")
+            raise ValueError(f"--minibatches {self.minibatches}: more than problems in an iteration")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other")
         for package in ("wandb", "tensorboard"):
@@ -151,7 +153,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 # May differ between a run and its continuation: where and how fast it runs, what it writes.  A run with any other flag
-# changed would be a mixture of two, and no seed could give it again.  More iterations stretch the learning rate's cosine.
+# changed would be a mixture of two, and no seed could give it again.  More iterations stretch the cosine of the rate.
 FREE_ON_RESUME = set(
     "iterations device distributed cpu_offload output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
     "micro_batch model rollout_batch wandb tensorboard".split()
@@ -169,7 +171,8 @@ def parse(argv):
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: refuse what does not fit a GPU")
     fields = dataclasses.fields(Config)
     for f in fields:
-        text = f.metadata["help"].replace("%", "%%") + (f" (default {f.default})" if f.default not in ("", False) else "")
+        default = f" (default {f.default})" if f.default not in ("", False) else ""
+        text = f.metadata["help"].replace("%", "%%") + default
         how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
     args = parser.parse_args(argv)
@@ -364,7 +367,7 @@ def restore(folder, model, head, optimizer):
 
 @contextlib.contextmanager
 def hold(numbers, received):
-    """Inside, these signals wait in the list `received` until the loop asks: an iteration happens whole or not at all."""
+    """Inside, these signals wait in `received` until the loop asks: an iteration happens whole or not at all."""
     before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
     try:
         yield
@@ -493,7 +496,7 @@ def credit(rollouts, verdicts, reward, config):
     """What the losses need of each leaf: {rewards, soft_targets, leaf_weight (B,), advantages (B, T-1)}."""
     rewards, mask = torch.tensor([verdict["reward"] for verdict in verdicts]), rollouts.mask
     soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
-    # Leaves of a search are not samples of pi.  pi/q makes them stand for all completions; without it each counts alike.
+    # Leaves of a search are no samples of pi.  pi/q makes them stand for all completions; without it each counts alike.
     counted = rollouts.weight if config.leaf_weights == "on" else rollouts.count.float()
     leaf_weight = policy.normalise_weights(counted, rollouts.problem)
     if config.loss == "grpo":
@@ -567,9 +570,10 @@ def update(model, score, head, optimizer, rollouts, indices, config, iteration, 
                     sums[name] = sums.get(name, 0.0) + x
             values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
             measured = fsdp.total(dict(zip(sums, values)), ranks)
-            # Each group is clipped by its own norm: the head's first gradients are large, and would shrink the policy's.
-            norms = [torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip) for group in optimizer.param_groups]
-            measured["grad_norm"] = fsdp.whole(norms[0]).item()
+            # Each group is clipped by its own norm: neither shrinks the step of the other.
+            clip = lambda group: torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
+            norm_of_policy, _ = map(clip, optimizer.param_groups)
+            measured["grad_norm"] = fsdp.whole(norm_of_policy).item()
             for name, x in measured.items():
                 if not math.isfinite(x):
                     raise FloatingPointError(f"iteration {iteration}: {name} is {x}")
@@ -757,7 +761,8 @@ def main(argv=None):
                 given["keys"] = astar_search.root_keys(config.seed, n, indices)  # of the noise: by problem, not by rank
                 # Whole weights on every rank: each search runs as many forwards as it needs, and waits for nobody.
                 with timed(phases, "rollouts"), fsdp.gathered(model, head):
-                    rollouts = make_rollouts(model, value=value, kind=config.rollout, K=config.rollouts_per_problem, **given)
+                    K = config.rollouts_per_problem
+                    rollouts = make_rollouts(model, value=value, kind=config.rollout, K=K, **given)
 
                 # ---------------------------------------------------------------------------------------- 2. rewards
                 texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
@@ -807,7 +812,7 @@ def main(argv=None):
                     # No random state is in it: problems, noise and order are functions of (seed, iteration, index).
                     if n % config.checkpoint_every == 0 or n == config.iterations:
                         saved = keep()
-        if iteration < config.iterations:  # by a signal that waited, or a Ctrl-C that broke in: its iteration is dropped
+        if iteration < config.iterations:  # a signal that waited, or a Ctrl-C that broke in: its iteration is dropped
             stopped = stopped or signal.SIGINT
             if iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
                 saved = keep()
