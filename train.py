@@ -130,8 +130,8 @@ class Config:
                 words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
                 raise ValueError(f"--{f.name.replace('_', '-')} must be {words}, not {x}")
         data.parse_digits(self.digits)
-        if self.minibatches > self.problems_per_iteration:
-            raise ValueError(f"--minibatches {self.minibatches}: more than problems in an iteration")
+        if self.minibatches > (N := self.problems_per_iteration):
+            raise ValueError(f"--minibatches {self.minibatches} is more than --problems-per-iteration {N}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other")
         for package in ("wandb", "tensorboard"):
