@@ -76,8 +76,8 @@ def load_tokenizer(name):
 def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=False, freeze_blocks=0):
     """A Hugging Face causal language model and its tokenizer, from a folder or a hub id.
 
-    freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run; weights are safetensors.
-    Raises ValueError with one sentence that says what is missing.
+    freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run; weights are
+    safetensors.  Raises ValueError with one sentence that says what is missing.
     """
     from transformers import AutoModelForCausalLM
 
