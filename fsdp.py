@@ -15,6 +15,7 @@ Two rules keep ranks from waiting for each other for ever:
 """
 
 import contextlib
+import copy
 import functools
 import json
 import os
@@ -24,15 +25,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed import fsdp as fsdp2  # FSDP1 is deprecated
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # ============================================================================================== who and how many
@@ -60,9 +54,7 @@ def start(distributed=False, device="auto", sharded=False):
     precision and its offload.  Raises ValueError with one sentence for a launch or a device that cannot be.
     """
     launched = "WORLD_SIZE" in os.environ  # torchrun's word to the processes that it starts
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, local_rank, world_size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if distributed and not launched:
         raise ValueError("--distributed: start with torchrun --standalone --nproc_per_node=RANKS, not with python")
     if world_size > 1 and not distributed:
@@ -77,26 +69,28 @@ def start(distributed=False, device="auto", sharded=False):
         raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     if not (launched or sharded):
         return Ranks(0, 1, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         # Weights and gradients travel by NCCL between GPUs; the few numbers of `everyone` by gloo between CPUs.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         alone = {} if launched else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, **alone)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **alone)
+    world_size = dist.get_world_size()
     return Ranks(rank, world_size, device, init_device_mesh(device.type, (world_size,)))
 
 
 def stop(ranks, status=0):
     """Leave the other ranks, when all have come to this point.  A process that torchrun started ends here, with this
-    exit status: gloo's threads may abort an interpreter that is torn down in the usual way ("terminate called")."""
-    if ranks.mesh is None:
-        return
-    everyone("done", ranks)
-    dist.destroy_process_group()
-    if "WORLD_SIZE" in os.environ:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
+    exit status: gloo's threads may abort an interpreter that is torn down in the usual way ("terminate called").  Any
+    other ends here only if the status is not 0."""
+    if ranks.mesh is not None:
+        everyone("done", ranks)
+        dist.destroy_process_group()
+        if "WORLD_SIZE" in os.environ:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def share(n, ranks):
@@ -161,15 +155,13 @@ def shard(module, ranks, blocks=(), mixed_precision=False, offload=False):
     """
     if ranks.mesh is None:
         return module.to(ranks.device)
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    options = dict(
-        mesh=ranks.mesh,
-        mp_policy=bf16 if mixed_precision else MixedPrecisionPolicy(),
-        offload_policy=CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if offload else OffloadPolicy(),
-    )
+    bf16 = fsdp2.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    host = fsdp2.CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
+    options = dict(mesh=ranks.mesh, mp_policy=bf16 if mixed_precision else fsdp2.MixedPrecisionPolicy())
+    options["offload_policy"] = host if offload else fsdp2.OffloadPolicy()
     for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(module, **options)
+        fsdp2.fully_shard(block, **options)
+    fsdp2.fully_shard(module, **options)
     # In the backward pass each group gathers the one before it ahead of time.  Said here, because by default each rank
     # goes by the order of its own last forwards: ranks with other rollouts would gather other blocks, and wait for ever.
     chain = [*blocks, module]
@@ -181,9 +173,9 @@ def shard(module, ranks, blocks=(), mixed_precision=False, offload=False):
 def through(module, function):
     """function(module, ...) as a callable of the rest, with FSDP's hooks around it as around module.forward: they gather
     the root's weights before and send its gradients after.  Without FSDP it is just the function."""
-    if isinstance(module, FSDPModule):
+    if isinstance(module, fsdp2.FSDPModule):
         module.through = types.MethodType(function, module)
-        register_fsdp_forward_method(module, "through")
+        fsdp2.register_fsdp_forward_method(module, "through")
         return module.through
     return functools.partial(function, module)
 
@@ -191,7 +183,7 @@ def through(module, function):
 @contextlib.contextmanager
 def gathered(*modules):
     """Whole weights on every rank, for the rollouts: inside, ranks may run different numbers of forwards, and none too."""
-    groups = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    groups = [part for module in modules for part in module.modules() if isinstance(part, fsdp2.FSDPModule)]
     for part in groups:
         # The first forward decides which module is the root, and inside here a block may be the first to run.
         part._get_fsdp_state()._lazy_init()
@@ -246,15 +238,15 @@ def main():
     say = print if ranks.is_main else lambda *words: None
     lengths = [1, 7, 2, 5, 3]  # tokens of each problem
     torch.manual_seed(0)
-    build = lambda: torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(3)))
-    reference, model = build(), build()
-    model.load_state_dict(reference.state_dict())
+    block = lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
+    reference = torch.nn.Sequential(block(), block(), block())
+    model = copy.deepcopy(reference)
+    model = shard(model, ranks, blocks=list(model))
     inputs = [torch.randn(length, 8) for length in lengths]
 
     mean = sum(reference(x).pow(2).sum() for x in inputs) / sum(lengths)  # the loss: a mean over all tokens
     mean.backward()
 
-    model = shard(model, ranks, blocks=list(model))
     mine = list(share(len(lengths), ranks))
     tokens = total({"tokens": sum(lengths[i] for i in mine)}, ranks)["tokens"]
     for turn in range(max(everyone(len(mine), ranks))):  # as many backward passes on each rank, or they would wait
@@ -262,12 +254,10 @@ def main():
         loss = model(x).pow(2).sum() / tokens * (turn < len(mine))
         (loss * ranks.world_size).backward()  # FSDP averages, we add
     worst = max((whole(p.grad) - q.grad).abs().max().item() for p, q in zip(model.parameters(), reference.parameters()))
-
     shares = everyone(mine, ranks)
-    own = lambda p: p.to_local() if isinstance(p, DTensor) else p
-    kept = everyone(sum(own(p).numel() for p in model.parameters()), ranks)
-    say(f"{ranks.world_size} rank(s); problems of each: {shares}; parameters that each keeps: {kept}")
+    say(f"{ranks.world_size} rank(s); problems of each: {shares}")
     say(f"{tokens} tokens in all; largest difference of a gradient from the whole model's: {worst:.1e}")
+
     with gathered(model):
         for i in mine:  # some ranks run one forward, some two
             assert torch.allclose(model[0](inputs[i]), reference[0](inputs[i]), atol=1e-6)

@@ -19,7 +19,7 @@ Grid: index t of everything (B, T-1) is about the token at t+1 of tokens (B, T).
     python policy.py        # scores a tiny random model both ways and checks the losses by hand
 """
 
-import copy
+import contextlib
 import logging as python_logging
 import os
 
@@ -30,6 +30,16 @@ from torch.utils.checkpoint import checkpoint
 # ======================================================================================================= loading
 
 
+@contextlib.contextmanager
+def one_sentence(what):
+    """Whatever fails inside becomes a ValueError of one line: no network, no such repository, broken JSON, ..."""
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise ValueError(f"{what} ({type(error).__name__}: {first[:180]})") from None
+
+
 def read_config(name):
     """The config of a Hugging Face model, from a folder or a hub id, without dropout.  Remote code is never run.
     Raises ValueError with one sentence that says what is missing."""
@@ -38,73 +48,48 @@ def read_config(name):
 
     logging.disable_progress_bar()
     python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)  # its retries are not our sentence
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
-    elif os.path.exists(name):
+    if os.path.isfile(name):
         raise ValueError(f"--model {name}: this is a file; give the model's folder or a hub id")
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"--model {name}: the folder has no config.json, so it is not a Hugging Face model folder")
+    if not os.path.isdir(name) and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise ValueError(f"--model {name}: there is no such folder, and it is not a hub id such as Qwen/Qwen2.5-3B")
-    try:
+    with one_sentence(f"--model {name}: its config cannot be had"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # many kinds: no network, no such repository, gated, broken JSON, unknown type
-        raise ValueError(f"--model {name}: its config cannot be had ({_first_line(error)})") from None
     # Dropout would make pi_theta differ from pi_old before any update: the ratio would be noise.
-    for key, x in vars(config.get_text_config()).items():
-        if "drop" in key and isinstance(x, float):
-            setattr(config.get_text_config(), key, 0.0)
+    text = config.get_text_config()
+    for key in [key for key, x in vars(text).items() if "drop" in key and isinstance(x, float)]:
+        setattr(text, key, 0.0)
     return config
 
 
-def outline(name, freeze_blocks=0):
-    """The model of a folder or a hub id on the meta device: every shape, no memory.  Raises ValueError."""
-    from transformers import AutoModelForCausalLM
-
-    config = read_config(name)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise ValueError(f"--model {name}: not a causal language model ({_first_line(error)})") from None
-    return freeze(model, freeze_blocks)
-
-
 def load_tokenizer(name):
-    """Its tokenizer.  Raises ValueError."""
+    """The tokenizer of a folder or a hub id.  Raises ValueError."""
     from transformers import AutoTokenizer
 
-    try:
+    with one_sentence(f"--model {name}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         assert len(tokenizer("1*1=")["input_ids"]) > 0, "it gives no tokens for '1*1='"
-    except Exception as error:
-        raise ValueError(f"--model {name}: its tokenizer cannot be loaded ({_first_line(error)})") from None
     return tokenizer
 
 
 def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=False, freeze_blocks=0):
     """A Hugging Face causal language model and its tokenizer, from a folder or a hub id.
 
-    freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run.
-    Raises ValueError with one sentence that says what is missing.
+    freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run; weights are
+    safetensors.  Raises ValueError with one sentence that says what is missing.
     """
     from transformers import AutoModelForCausalLM
 
-    config, where = read_config(name), f"--model {name}"
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
-    except Exception as error:
-        raise ValueError(
-            f"{where}: not a causal language model with safetensors weights ({_first_line(error)})"
-        ) from None
-    tokenizer = load_tokenizer(name)
+    config = read_config(name)
+    safe = dict(trust_remote_code=False, use_safetensors=True)
+    with one_sentence(f"--model {name}: not a causal language model with safetensors weights"):
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, **safe)
+    tokenizer, size = load_tokenizer(name), config.get_text_config().vocab_size
     if not stop_tokens(model, tokenizer):
-        raise ValueError(f"{where}: neither its config nor its tokenizer names an end-of-sequence token")
-    if len(tokenizer) > config.get_text_config().vocab_size:
-        raise ValueError(
-            f"{where}: the tokenizer has {len(tokenizer)} tokens, more than the model's {config.vocab_size}"
-        )
+        raise ValueError(f"--model {name}: neither its config nor its tokenizer names an end-of-sequence token")
+    if len(tokenizer) > size:  # fewer are common: embeddings are padded to a round number
+        raise ValueError(f"--model {name}: the tokenizer has {len(tokenizer)} tokens, more than the model's {size}")
     freeze(model.to(device).eval(), freeze_blocks)
     if gradient_checkpointing:
         # transformers 5.23 renamed the method; both names take the same argument
@@ -123,10 +108,6 @@ def freeze(model, blocks):
     return model
 
 
-def _first_line(error):
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]
-
-
 def blocks_of(model):
     """The transformer's blocks: the longest ModuleList below the backbone."""
     lists = [module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)]
@@ -140,37 +121,12 @@ def stop_tokens(model, tokenizer):
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def activation_bytes(model, dtype, tokens=64):
-    """What autograd keeps of one block for the backward pass, in bytes a token.  Counted, not derived: an outlined
-    model runs on the CPU with one block and with two, and a hook sees every tensor that is kept."""
-    kept = []
-    for blocks in (1, 2):
-        small = copy.deepcopy(model)
-        del blocks_of(small)[blocks:]
-        small.config.get_text_config().num_hidden_layers = blocks
-        small = small.to(dtype).to_empty(device="cpu")  # of undefined content: only shapes matter
-        weights = {parameter.untyped_storage()._cdata for parameter in small.parameters()}
-        storages = {}  # a tensor may be kept several times, or in several views: its storage counts once
-
-        def keep(tensor):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            alive = small.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
-        kept.append(sum(storages[key] for key in storages.keys() - weights) / tokens)
-        del alive  # until here, so that no storage was used twice
-    return kept[1] - kept[0]
-
-
 def check_context(model, prompt_tokens, max_new_tokens):
     """Raise ValueError if the longest prompt and its completion do not fit into the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and prompt_tokens + max_new_tokens > context:
-        raise ValueError(
-            f"the longest prompt ({prompt_tokens} tokens) plus --max-new-tokens {max_new_tokens} does not fit into the "
-            f"model's context of {context} tokens"
-        )
+        longest = f"the longest prompt ({prompt_tokens} tokens) plus --max-new-tokens {max_new_tokens}"
+        raise ValueError(f"{longest} does not fit into the model's context of {context} tokens")
 
 
 # ======================================================================================================= scoring
@@ -191,9 +147,8 @@ def score(model, tokens, mask, max_logits=1 << 24):
     # Padding is on the right and the mask causal, so no real token sees padding: nothing to mask.  The ones say so.
     # The prefix before token t+1 ends at t, so nobody needs the hidden state of the last token.
     prefixes = tokens[:, :-1]
-    hidden = model.base_model(
-        input_ids=prefixes, attention_mask=torch.ones_like(prefixes), use_cache=False
-    ).last_hidden_state  # (B, T-1, D)
+    ones = torch.ones_like(prefixes)
+    hidden = model.base_model(input_ids=prefixes, attention_mask=ones, use_cache=False).last_hidden_state  # (B, T-1, D)
     rows, targets = hidden[mask], tokens[:, 1:][mask]  # (M, D), (M,)
     lm_head = model.get_output_embeddings()
 
@@ -205,15 +160,13 @@ def score(model, tokens, mask, max_logits=1 << 24):
         return logp, log_z - (torch.exp(logits - log_z[:, None]) * logits).sum(dim=-1)
 
     size = max(1, max_logits // lm_head.weight.shape[0])
-    if len(rows) <= size or not torch.is_grad_enabled():
-        chunks = [chunk_scores(*chunk) for chunk in zip(rows.split(size), targets.split(size))]
+    chunks = list(zip(rows.split(size), targets.split(size)))
+    if len(chunks) > 1 and torch.is_grad_enabled():
+        scores = [checkpoint(chunk_scores, *chunk, use_reentrant=False) for chunk in chunks]
     else:
-        chunks = [
-            checkpoint(chunk_scores, *chunk, use_reentrant=False)
-            for chunk in zip(rows.split(size), targets.split(size))
-        ]
+        scores = [chunk_scores(*chunk) for chunk in chunks]
     grid = lambda column: torch.zeros(mask.shape, device=tokens.device).masked_scatter(mask, torch.cat(column))
-    logp, entropy = map(grid, zip(*chunks))
+    logp, entropy = map(grid, zip(*scores))
     return logp, entropy, hidden
 
 
@@ -223,10 +176,7 @@ def score(model, tokens, mask, max_logits=1 << 24):
 def normalise_weights(weight, problem):
     """Leaf weights (B,) that sum to one within each problem: the self-normalised estimate, consistent though no longer
     unbiased, in which every problem counts alike.  problem (B,) integers."""
-    if len(weight) == 0:
-        return weight
-    total = torch.zeros(int(problem.max()) + 1, dtype=weight.dtype).index_add_(0, problem, weight)
-    return weight / total[problem]
+    return weight / torch.bincount(problem, weight)[problem]
 
 
 def weighted_mean_std(x, weight):
@@ -271,11 +221,10 @@ def em_advantages(targets, weight, problem):
     target of its problem, so a right completion counts alike however unlikely pi thinks it is (the gradient of log E
     exp(r/beta), where that of E r is as small as pi), and a problem with nothing but wrong leaves teaches nothing.
     """
-    best, Z = torch.zeros(2, int(problem.max()) + 1 if len(problem) else 0, dtype=targets.dtype)
-    Z.index_add_(0, problem, weight * targets)
-    best.scatter_reduce_(0, problem, targets, "amax")
+    Z = torch.bincount(problem, weight * targets)
+    best = torch.zeros(len(Z), dtype=targets.dtype).scatter_reduce(0, problem, targets, "amax")
     # A = exp((r - V*(x))/beta), exp(V*(x)/beta) = sum_i w_i exp(r_i/beta);  times the best target
-    return best[problem] * targets / Z[problem].clamp(min=torch.finfo(Z.dtype).tiny)
+    return best[problem] * targets / Z[problem].clamp(min=torch.finfo(targets.dtype).tiny)
 
 
 def ppo_loss(logp, old_logp, advantages, entropy, token_weights, clip=0.2, entropy_coef=0.0):
@@ -332,14 +281,12 @@ def main():
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[:, :3] = False  # a prompt of four tokens
 
-    logp, entropy, hidden = score(model, tokens, mask, max_logits=80)  # two tokens a chunk
-    full = F.log_softmax(model(tokens).logits[:, :-1], dim=-1)
-    exact = full.gather(2, tokens[:, 1:, None]).squeeze(2) * mask
-    print(
-        f"log pi in chunks against the full (B, T, V) computation: largest difference {(logp - exact).abs().max():.1e}"
-    )
-    assert torch.allclose(logp, exact, atol=1e-5)
-    assert torch.allclose(entropy, -(full.exp() * full).sum(-1) * mask, atol=1e-5)
+    logp, entropy, _ = score(model, tokens, mask, max_logits=80)  # two tokens a chunk
+    full = F.log_softmax(model(tokens).logits[:, :-1], dim=-1)  # (B, T-1, V)
+    exact, H = full.gather(2, tokens[:, 1:, None]).squeeze(2), -(full.exp() * full).sum(-1)
+    worst = max((logp - exact * mask).abs().max(), (entropy - H * mask).abs().max())
+    print(f"log pi and entropy in chunks against the full (B, T, V) computation: off by at most {worst:.1e}")
+    assert worst < 1e-5
 
     # One token, ratio 1.5: with A = +1 the clip at 1.2 holds, and its gradient is zero; with A = -1 it does not.
     for advantage, expected, gradient in ((1.0, -1.2, 0.0), (-1.0, 1.5, 1.5)):

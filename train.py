@@ -21,15 +21,14 @@ import hashlib
 import importlib.util
 import json
 import math
-import operator
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,14 +48,16 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 # ======================================================================================================== flags
 
 
-def flag(default, help, choices=None, low=None, high=None, above=None):
+def flag(default, help, choices=None, low=-math.inf, high=math.inf, above=-math.inf):
     """A Config field: its default, what it means, and what is allowed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "above": above})
+    metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
-    """Every field is a flag: --rollouts-per-problem 8.  `low`, `high` are allowed, `above` is not."""
+    """Every field is a flag: --rollouts-per-problem 8.  `low`, `high` are allowed, `above` is not.  Raises ValueError
+    for a number out of bounds, and for flags that contradict each other."""
 
     # the task
     model: str = flag(os.path.join(HERE, "tiny_base"), "folder or hub id of the base model")
@@ -121,6 +122,22 @@ class Config:
     resume: str = flag("", "auto: from the newest checkpoint of the output folder; or a checkpoint folder")
     overwrite: bool = flag(False, "remove the run that the output folder holds")
 
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            x, (low, above, high) = getattr(self, f.name), (f.metadata[bound] for bound in ("low", "above", "high"))
+            if not isinstance(x, str) and not (low <= x <= high and above < x < math.inf):  # a NaN fails each of these
+                bounds = {"at least": low, "above": above, "at most": high}
+                words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
+                raise ValueError(f"--{f.name.replace('_', '-')} must be {words}, not {x}")
+        data.parse_digits(self.digits)
+        if self.minibatches > (N := self.problems_per_iteration):
+            raise ValueError(f"--minibatches {self.minibatches} is more than --problems-per-iteration {N}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite contradict each other")
+        for package in ("wandb", "tensorboard"):
+            if getattr(self, package) and not importlib.util.find_spec(package):
+                raise ValueError(f"--{package}: the package is not installed: pip install {package}")
+
 
 PRESETS = {
     "local": {},
@@ -135,7 +152,8 @@ PRESETS = {
         gradient_checkpointing="on", mixed_precision="bf16", problems_per_iteration=128, rollout_batch=32, cover=0.9,
     ),
 }  # fmt: skip
-# May differ between a run and its continuation.  More iterations stretch the cosine of the learning rate.
+# May differ between a run and its continuation: where and how fast it runs, what it writes.  A run with any other flag
+# changed would be a mixture of two, and no seed could give it again.  More iterations stretch the cosine of the rate.
 FREE_ON_RESUME = set(
     "iterations device distributed cpu_offload output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
     "micro_batch model rollout_batch wandb tensorboard".split()
@@ -151,13 +169,12 @@ def parse(argv):
     parser.add_argument("--checkpoint", help="checkpoint folder for --eval-only")
     parser.add_argument("--dry-run", action="store_true", help="print the memory that a rank needs, and exit")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: refuse what does not fit a GPU")
-    for f in dataclasses.fields(Config):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            parser.add_argument(name, action="store_true", default=None, help=text)
-        else:
-            text += f" (default {f.default})" if f.default != "" else ""
-            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=text)
+    fields = dataclasses.fields(Config)
+    for f in fields:
+        default = f" (default {f.default})" if f.default not in ("", False) else ""
+        text = f.metadata["help"].replace("%", "%%") + default
+        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
     args = parser.parse_args(argv)
     try:
         if args.eval_only != bool(args.checkpoint):
@@ -165,47 +182,11 @@ def parse(argv):
         if args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < math.inf):
             raise ValueError("--gpu-memory GIB is for --dry-run, and above 0")
         # A checkpoint is evaluated as its run was configured; flags change it.
-        config = Config(**(read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]))
-        for f in dataclasses.fields(Config):
-            given = getattr(args, f.name)
-            if given is not None:
-                setattr(config, f.name, given)
-        check(config)
+        preset = read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]
+        config = Config(**(preset | {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}))
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     return config, args, parser.error
-
-
-def check(config):
-    """Raise ValueError for a number out of bounds or flags that contradict each other."""
-    for f in dataclasses.fields(config):
-        x, name = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        if isinstance(x, float) and not math.isfinite(x):
-            raise ValueError(f"{name} must be a finite number, not {x}")
-        for bound, fails, words in (("low", operator.lt, "at least"), ("high", operator.gt, "at most"), ("above", operator.le, "above")):
-            b = f.metadata[bound]
-            if b is not None and fails(x, b):
-                raise ValueError(f"{name} must be {words} {b}, not {x}")
-    data.parse_digits(config.digits)
-    parts, N = config.minibatches, config.problems_per_iteration
-    if parts > N:
-        raise ValueError(f"--minibatches {parts} is more than --problems-per-iteration {N}")
-    for package in ("wandb", "tensorboard"):
-        if getattr(config, package) and not importlib.util.find_spec(package):
-            raise ValueError(f"--{package}: the package is not installed: pip install {package}")
-    if config.resume and config.overwrite:
-        raise ValueError("--resume and --overwrite contradict each other")
-
-
-def check_possible(config, vocabulary):
-    """Raise ValueError if a search could not find K different leaves within its bounds."""
-    # Each expanded node adds at most V - 1 leaves to a tree of one; at depth T there are at most V^T.
-    most = min(config.max_nodes * (vocabulary - 1) + 1, vocabulary ** min(config.max_new_tokens, 64))
-    if config.rollout == "astar" and config.rollouts_per_problem > most:
-        raise ValueError(
-            f"--rollouts-per-problem {config.rollouts_per_problem}: within --max-nodes {config.max_nodes} and "
-            f"--max-new-tokens {config.max_new_tokens} only {most} different completions can exist"
-        )
 
 
 # ============================================================================================= files of a run
@@ -216,112 +197,84 @@ RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
 def checkpoints(folder):
     """Checkpoint folders, oldest first.  A folder has this name only from when everything is in it until it goes."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = [name for name in names if name.startswith("checkpoint_iter_") and name.rpartition("_")[2].isdigit()]
-    return [os.path.join(folder, name) for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
+    found = [(int(name.rpartition("_")[2]), name) for name in names if re.fullmatch(r"checkpoint_iter_\d+", name)]
+    return [os.path.join(folder, name) for _, name in sorted(found)]
 
 
-def inspect_output(config):
-    """The checkpoints that the run may go on from, newest first; [] for a new run.  Raises ValueError if the output
-    folder cannot be used.  Changes nothing."""
-    folder = config.output_dir
-    if os.path.exists(folder) and not os.path.isdir(folder):
+def find_start(config):
+    """Where the run begins: (checkpoint folder or "", its trainer state with the checkpoints that are there).  Changes
+    nothing.  A damaged checkpoint is passed over for the one before it, and that is said.  Raises ValueError if the
+    output folder cannot be used, or no checkpoint is whole, or its run had other flags."""
+    folder, found, resume = os.path.abspath(config.output_dir), checkpoints(config.output_dir), config.resume
+    if os.path.isfile(folder):
         raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
-    found = checkpoints(folder)
-    held = any(os.path.exists(os.path.join(folder, name)) for name in RUN_FILES)
-    if os.path.exists(os.path.join(folder, "config.json")):
+    held = found + [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
+    if "config.json" in held:
         with open(os.path.join(folder, "config.json")) as file:
-            if '"output_dir"' not in file.read():
+            if '"output_dir"' not in file.read():  # a model's: nobody wants it cleared for a run
                 raise ValueError(f"--output-dir {folder}: its config.json is not a run's, so the folder is left alone")
     for path in (config.model, config.train_file, config.eval_file):
-        if config.overwrite and path and os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep):
+        if config.overwrite and path and os.path.abspath(path).startswith(folder + os.sep):
             raise ValueError(f"--overwrite would remove {path}, which this run needs: give another --output-dir")
-    if config.resume and config.resume != "auto":
-        own = os.path.dirname(os.path.abspath(config.resume)) == os.path.abspath(folder)
-        if (held or found) and not own:
-            raise ValueError(f"--output-dir {folder} holds another run: give --resume DIR another --output-dir")
-        return [config.resume]
-    if config.resume == "auto":
-        return found[::-1]
-    if (held or found) and not config.overwrite:
+    own = resume == "auto" or resume and os.path.dirname(os.path.abspath(resume)) == folder
+    if held and not (own or config.overwrite):
         raise ValueError(f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir")
-    return []
-
-
-def find_start(config, args):
-    """Where the run begins: (checkpoint folder or "", its trainer state).  A damaged checkpoint is passed over for the
-    one before it, and that is said.  Changes nothing."""
-    if args.eval_only:
-        return args.checkpoint, {}  # parse has checked it
-    candidates = inspect_output(config)
-    for folder, older in zip(candidates, candidates[1:] + [None]):
+    candidates = found[::-1] if resume == "auto" else [resume] if resume else []
+    for source, older in zip(candidates, candidates[1:] + [None]):
         try:
-            state = read_state(folder)
+            state = read_state(source)
         except ValueError as error:
             if older is None:
                 raise
             print(f"train.py: {error}; going back to {older}", file=sys.stderr)
             continue
-        check_same_run(config, state["config"], folder)
-        return folder, state
-    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0}
+        for name, x in (dataclasses.asdict(Config()) | state["config"]).items():  # a flag younger than it was at its default
+            free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
+            given, flag_name = getattr(config, name, x), name.replace("_", "-")
+            if not free and given != x:
+                raise ValueError(f"--{flag_name} {given} differs from the {x} that {source} was trained with")
+        return source, state | {"found": found}
+    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0, "found": found}
 
 
-def open_output(config, source, iteration):
+def open_output(config, source, iteration, found):
     """Make the output folder ready to go on from `source`, after `iteration`: a new run starts empty, a resumed one is
-    cut back.  Returns the lock that keeps other runs out, a file handle; the system drops it however this process ends."""
+    cut back.  found: the checkpoints that find_start saw.  Returns the lock that keeps other runs out, a file handle;
+    the system drops it however this process ends."""
     folder = config.output_dir
-    os.makedirs(folder, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
     try:
+        os.makedirs(folder, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError("another run is writing there: wait for it or give another folder") from None
-    if source not in (inspect_output(config) or [""]):
-        raise ValueError("another run has just written there: start again")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        path = os.path.join(folder, name)
-        if iteration > 0:
-            cut_back(path, iteration)
-        elif os.path.exists(path):
-            os.remove(path)
-    for path in checkpoints(folder):  # of a run that went further: they would be taken for this one's
-        if int(path.rpartition("_")[2]) > iteration:
-            discard(path)
-    for name in os.listdir(folder):  # what a killed run was just writing or removing
-        if name.startswith(".checkpoint_iter_"):
-            shutil.rmtree(os.path.join(folder, name))
-    for old in checkpoints(folder)[: -config.keep_checkpoints]:
-        discard(old)
+    except OSError as error:
+        why = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
+        raise ValueError(f"--output-dir {folder}: {why}; give another folder") from None
+    if checkpoints(folder) != found:  # asked again: loading the model took its time
+        raise ValueError(f"--output-dir {folder}: another run has just written there: start again")
+    for path in (os.path.join(folder, name) for name in RUN_FILES[1:]):
+        kept = []  # lines after the checkpoint will be written again; one cut short by a kill is dropped
+        if source and os.path.exists(path):
+            try:
+                with open(path) as file:
+                    kept = [line for line in file if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path} is damaged: a line of it is not a JSON object with an iteration") from None
+        evaluation.write(path, "".join(kept))
+    prune(config, iteration)
     evaluation.write(os.path.join(folder, "config.json"), json.dumps(dataclasses.asdict(config), indent=1))
     return lock
 
 
-def append(path, rows):
-    """Lines of JSON at the end of a file, on the disk when this returns."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    sync(path)
-
-
-def cut_back(path, iteration):
-    """Drop the lines after `iteration` from a jsonl file: they will be written again."""
-    if not os.path.exists(path):
-        return
-    with open(path) as file:
-        lines = [line for line in file if line.endswith("\n")]  # a line cut short by a kill is dropped
-    try:
-        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged: a line of it is not a JSON object with an iteration") from None
-    evaluation.write(path, "".join(kept))
-
-
-def discard(folder):
-    """Remove a checkpoint.  It loses its name first, so that a kill on the way leaves no half of one."""
-    aside = os.path.join(os.path.dirname(folder), "." + os.path.basename(folder))
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(folder, aside)
-    shutil.rmtree(aside)
+def prune(config, iteration):
+    """Remove the checkpoints after `iteration`, which are of a run that went further and would be taken for this one's,
+    and all but the newest of the others.  A checkpoint loses its name first, so that a kill leaves no half of one."""
+    found = checkpoints(config.output_dir)
+    kept = [path for path in found if int(path.rpartition("_")[2]) <= iteration][-config.keep_checkpoints :]
+    for path in (path for path in found if path not in kept):
+        os.rename(path, os.path.join(config.output_dir, "." + os.path.basename(path)))
+    for name in os.listdir(config.output_dir):  # and what a killed run was just writing or removing
+        if name.startswith(".checkpoint_iter_"):
+            shutil.rmtree(os.path.join(config.output_dir, name))
 
 
 def sync(path):
@@ -331,26 +284,34 @@ def sync(path):
     os.close(handle)
 
 
+def append(path, rows):
+    """Lines of JSON at the end of a file, on the disk when this returns."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    sync(path)
+
+
 def fingerprint(path):
     """Size and checksum of a file, for the manifest."""
     with open(path, "rb") as file:
         return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress, ranks):
+def named_parameters(model, head):
+    """Every weight by name.  Adam's moments are saved under it, not by number or rank: so they outlive a change in the
+    number of ranks."""
+    both = (("policy", model), ("value", head))
+    return {f"{kind}.{name}": parameter for kind, module in both for name, parameter in module.named_parameters()}
+
+
+def save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progress, ranks):
     """OUTPUT/checkpoint_iter_N: a Hugging Face folder plus value.safetensors, optimizer.safetensors, trainer_state.json.
     Written aside, synced, renamed: whoever sees the name sees a whole checkpoint.  All ranks help to put the tensors
     together; the main one writes.  Raises OSError, and leaves nothing behind, if it cannot be written."""
-    final = os.path.join(config.output_dir, f"checkpoint_iter_{iteration}")
-    aside = os.path.join(config.output_dir, f".checkpoint_iter_{iteration}")
+    final, aside = (os.path.join(config.output_dir, f"{dot}checkpoint_iter_{iteration}") for dot in ("", "."))
     weights, head_weights = (fsdp.full_state(fsdp.state_of(module), ranks) for module in (model, head))
-    # By parameter name, not by number or rank: the moments outlive a change in the number of ranks.
-    moments = {}
-    for optimizer, module, kind in zip(optimizers, (model, head), ("policy", "value")):
-        for name, parameter in module.named_parameters():
-            for key, tensor in optimizer.state.get(parameter, {}).items():
-                moments[f"{kind}.{name}.{key}"] = tensor
-    moments = fsdp.full_state(moments, ranks)
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in named_parameters(model, head).items()}
+    moments = fsdp.full_state({f"{name}.{key}": x for name, own in states.items() for key, x in own.items()}, ranks)
     if not ranks.is_main:
         return final
     try:
@@ -359,101 +320,59 @@ def save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progr
         tokenizer.save_pretrained(aside)
         save_file(head_weights, os.path.join(aside, "value.safetensors"))
         save_file(moments, os.path.join(aside, "optimizer.safetensors"))
-        names = sorted(os.listdir(aside))
-        manifest = {name: fingerprint(os.path.join(aside, name)) for name in names}
-        state = {"iteration": iteration, **progress, "files": manifest, "config": dataclasses.asdict(config)}
+        paths = {name: os.path.join(aside, name) for name in sorted(os.listdir(aside))}
+        state = {"iteration": iteration, **progress, "files": {name: fingerprint(path) for name, path in paths.items()}}
+        state["config"] = dataclasses.asdict(config)
         evaluation.write(os.path.join(aside, "trainer_state.json"), json.dumps(state, indent=1))
-        for path in (*(os.path.join(aside, name) for name in names), aside):
+        for path in (*paths.values(), aside):
             sync(path)
-        os.rename(aside, final)
+        os.rename(aside, final)  # only now is it a checkpoint, and only after that may an older one go
         sync(config.output_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{final} cannot be written ({error})") from None
-    for old in checkpoints(config.output_dir)[: -config.keep_checkpoints]:
-        discard(old)
+    prune(config, iteration)
     return final
 
 
 def read_state(folder):
-    """trainer_state.json of a checkpoint after checking that every file it names is there and whole."""
-    path = os.path.join(folder, "trainer_state.json")
-    if not os.path.isfile(path):
-        raise ValueError(f"{folder} is not a complete checkpoint: trainer_state.json is missing")
+    """trainer_state.json of a checkpoint, after checking that every file it names is there and whole.  Raises
+    ValueError that names the first file which is not."""
+    name = "trainer_state.json"
     try:
-        with open(path) as file:
+        with open(os.path.join(folder, name)) as file:
             state = json.load(file)
-        files = {name: (facts["bytes"], facts["sha256"]) for name, facts in state["files"].items()}
         dict(state["config"]), state["iteration"] + state["model_tokens"] + state["seconds"]
+        for name, written in state["files"].items():
+            if fingerprint(os.path.join(folder, name)) != written:
+                raise ValueError("its size or checksum is not the one written")
+    except OSError as error:
+        raise ValueError(f"{folder} is not a complete checkpoint: {name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__})") from None
-    for name, (size, checksum) in files.items():
-        path = os.path.join(folder, name)
-        if not os.path.isfile(path):
-            raise ValueError(f"{folder} is not a complete checkpoint: {name} is missing")
-        if os.path.getsize(path) != size:
-            raise ValueError(f"{folder}: {name} is damaged ({os.path.getsize(path)} bytes, not {size})")
-        if fingerprint(path)["sha256"] != checksum:
-            raise ValueError(f"{folder}: {name} is damaged (its checksum is not the one written)")
+        raise ValueError(f"{folder}: {name} is damaged ({type(error).__name__}: {error})") from None
     return state
 
 
-def restore(folder, model, head, optimizers):
-    """Both optimisers' states by parameter name; the model and the head were loaded from the folder before."""
+def restore(folder, model, head, optimizer):
+    """The optimiser's state; the model and the head were loaded from the folder before.  Raises ValueError."""
+    parameters = named_parameters(model, head)
     with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as moments:  # one tensor at a time
-        for optimizer, module, kind in zip(optimizers, (model, head), ("policy", "value")):
-            parameters = dict(module.named_parameters())
-            for full_name in (name for name in moments.keys() if name.startswith(kind + ".")):
-                name, _, key = full_name.removeprefix(kind + ".").rpartition(".")
-                tensor, parameter = moments.get_tensor(full_name), parameters.get(name)
-                if parameter is None or (key != "step" and tensor.shape != parameter.shape):
-                    raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
-                optimizer.state[parameter][key] = tensor if key == "step" else fsdp.placed(tensor, parameter)
+        for full_name in moments.keys():
+            name, _, key = full_name.rpartition(".")
+            tensor, parameter = moments.get_tensor(full_name), parameters.get(name)
+            if parameter is None or (key != "step" and tensor.shape != parameter.shape):
+                raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
+            optimizer.state[parameter][key] = tensor if key == "step" else fsdp.placed(tensor, parameter)
 
 
-def check_same_run(config, saved, folder):
-    """Raise ValueError if a flag that shapes the run is not the one the checkpoint was made with."""
-    for name, x in (dataclasses.asdict(Config()) | saved).items():  # a flag younger than the checkpoint was at its default
-        free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
-        given, flag_name = getattr(config, name, x), name.replace("_", "-")
-        if not free and given != x:
-            raise ValueError(f"--{flag_name} {given} differs from the {x} that {folder} was trained with")
-
-
-class Signals:
-    """Signals that end the run, held until the loop asks: an iteration happens whole or not at all.
-
-    SIGTERM, a preempting scheduler's, waits for the end of the iteration.  Ctrl-C waits only within `update`, unless
-    other ranks would be left waiting: then to the end of the iteration too.
-    """
-
-    def __init__(self, ranks):
-        self.received, self.ranks = [], ranks
-        held = (signal.SIGTERM,) if ranks.world_size == 1 else (signal.SIGTERM, signal.SIGINT)
-        self.before = {number: signal.signal(number, self._hold) for number in held}
-
-    def _hold(self, number, frame):
-        self.received.append(number)
-
-    @contextlib.contextmanager
-    def update(self):
-        """Around what must happen whole: Ctrl-C waits until its end.  Raises KeyboardInterrupt then (one process)."""
-        before = signal.signal(signal.SIGINT, self._hold)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-        if self.ranks.world_size == 1 and signal.SIGINT in self.received:
-            raise KeyboardInterrupt
-
-    def any_rank(self):
-        """The first signal that any rank has received, or None.  A collective."""
-        told = fsdp.everyone([int(number) for number in self.received], self.ranks)
-        return next((number for numbers in told for number in numbers), None)
-
-    def restore(self):
-        """Give the signals back to whoever had them."""
-        for number, handler in self.before.items():
+@contextlib.contextmanager
+def hold(numbers, received):
+    """Inside, these signals wait in `received` until the loop asks: an iteration happens whole or not at all."""
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -461,7 +380,7 @@ class Signals:
 
 
 def load_everything(config, source, reward, ranks):
-    """What a run needs besides the optimisers: (model, tokenizer, value head, base model for apo or None, problems of
+    """What a run needs besides the optimiser: (model, tokenizer, value head, base model for apo or None, problems of
     --train-file or None, evaluation problems).  Raises ValueError with the first thing that is wrong."""
     read = functools.partial(data.read_problems, any_answer=bool(config.reward))
     train_file = read(config.train_file) if config.train_file else None
@@ -481,7 +400,13 @@ def load_everything(config, source, reward, ranks):
             reward.judge(problem, problem.prefill + text)
     longest = max(map(len, evaluation.encode(tokenizer, examples + eval_set)))
     policy.check_context(model, longest, config.max_new_tokens)
-    check_possible(config, model.get_output_embeddings().weight.shape[0])
+    # Could a search find K different leaves?  Each node that it expands adds at most V - 1 of them to a tree of one;
+    # at depth T there are at most V^T.
+    V, T = model.get_output_embeddings().weight.shape[0], config.max_new_tokens
+    most = min(config.max_nodes * (V - 1) + 1, V ** min(T, 64))
+    if config.rollout == "astar" and config.rollouts_per_problem > most:
+        bounds = f"--max-nodes {config.max_nodes} and --max-new-tokens {T}"
+        raise ValueError(f"--rollouts-per-problem: within {bounds} only {most} different completions can exist")
     torch.manual_seed(config.seed)  # the first layer of the value head; nothing else is drawn from torch
     head = value_module.ValueHead(model.config.get_text_config().hidden_size)
     if source:
@@ -497,49 +422,40 @@ def load_everything(config, source, reward, ranks):
 
 def draw_problems(config, iteration, ranks, from_file):
     """This rank's share of the iteration's problems, and their global numbers."""
-    indices = list(fsdp.share(config.problems_per_iteration, ranks))
-    if from_file:
-        n = config.problems_per_iteration  # iterations count from 1, the epochs of a file from 0
-        chosen = [data.pick_problem(from_file, config.seed, iteration - 1, i, n) for i in indices]
-    else:
-        chosen = [data.train_problem(config.seed, iteration, i, config.digits, config.prompt) for i in indices]
-    return chosen, indices
+    N = config.problems_per_iteration
+    indices = list(fsdp.share(N, ranks))
+    if from_file:  # iterations count from 1, the epochs of a file from 0
+        return [data.pick_problem(from_file, config.seed, iteration - 1, i, N) for i in indices], indices
+    return [data.train_problem(config.seed, iteration, i, config.digits, config.prompt) for i in indices], indices
 
 
 def make_rollouts(model, tokenizer, problems, keys, config, reward, value, kind, K):
-    """Search or sample completions for problems, `rollout_batch` of them in lock-step.  Returns one Rollouts."""
-    cover = config.cover if config.cover < 1 else math.inf
+    """Search or sample completions for problems, `rollout_batch` of them in lock-step: a round of all their searches is
+    one forward.  kind: "astar" or "sample"; value: guide of the search, or None for h = 0.  Returns one Rollouts."""
     parts = []
     for start in range(0, max(1, len(problems)), config.rollout_batch):  # a rank may have no problems: no rollouts then
         chunk = slice(start, start + config.rollout_batch)
         done = evaluation.is_right(tokenizer, problems[chunk], reward, config.max_new_tokens)
         options = astar_search.Options(
-            policy.stop_tokens(model, tokenizer), K=K, tau=config.tau, width=config.width, max_new_tokens=config.max_new_tokens,
-            max_nodes=config.max_nodes, max_open=config.max_open, cover=cover, done=done if config.until_right == "on" else None,
+            policy.stop_tokens(model, tokenizer), K=K, tau=config.tau, width=config.width, max_nodes=config.max_nodes,
+            max_new_tokens=config.max_new_tokens, max_open=config.max_open, done=done if config.until_right == "on" else None,
+            cover=config.cover if config.cover < 1 else math.inf,
         )  # fmt: skip
-        expander = astar_search.Expander(
-            model, evaluation.encode(tokenizer, problems[chunk]), config.max_new_tokens, value
-        )
+        prompts = evaluation.encode(tokenizer, problems[chunk])
+        expander = astar_search.Expander(model, prompts, config.max_new_tokens, value)
         trees = (astar_search.search if kind == "astar" else astar_search.sample)(keys[chunk], expander, options)
-        part = astar_search.collect(trees, expander)
-        part.problem += start
-        parts.append(part)
+        parts.append(astar_search.collect(trees, expander))
+        parts[-1].problem += start
     return astar_search.join(parts)
 
 
-def reference_values(reference, tokenizer, problems, reward, config):
-    """apo: V*(x) of each problem (N,) from samples of the base."""
-    _, verdicts = evaluation.judge(reference, tokenizer, problems, reward, config.max_new_tokens)
-    rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
-    drawn = rewards.repeat_interleave(reference.count).view(len(problems), config.apo_samples)  # problem by problem
-    return policy.optimal_value(drawn, config.beta1)
-
-
 def learning_rate_scale(config, iteration):
-    """Linear warm-up, then a cosine down to final_rate; iteration counts from 1."""
+    """Linear warm-up, while the head's first advantages are noise, then a cosine down to final_rate; iteration counts
+    from 1."""
     if iteration <= config.warmup:
         return iteration / config.warmup
     progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
+    # eta(i)/eta = f + (1 - f) (1 + cos(pi p))/2
     return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -553,6 +469,7 @@ def minibatches_of(rollouts, indices, config, iteration, epoch):
     N = config.problems_per_iteration
     order = list(range(N))
     random.Random(f"order {config.seed} {iteration} {epoch}").shuffle(order)
+    # By problem, not by leaf: the leaves of a problem are weighted against each other, and stay together.
     part_of = {p: i * config.minibatches // N for i, p in enumerate(order)}
     parts = torch.tensor([part_of[indices[row]] for row in rollouts.problem.tolist()], dtype=torch.int64)
     dealt = []
@@ -564,10 +481,11 @@ def minibatches_of(rollouts, indices, config, iteration, epoch):
 
 
 @torch.no_grad()
-def score_all(model, rollouts, micro_batches, device):
-    """log pi (B, T-1) of rollouts under a model by the forward that training uses, in these micro-batches."""
+def score_all(model, rollouts, indices, config, iteration, device):
+    """log pi (B, T-1) of rollouts under a model by the forward that training uses, in the micro-batches of the first
+    epoch: then it is exactly what the first update computes again."""
     logprobs = torch.zeros_like(rollouts.logprobs)
-    for rows in micro_batches:
+    for rows in sum(minibatches_of(rollouts, indices, config, iteration, epoch=0), []):
         part = rollouts.select(rows, device)
         logp, _, _ = policy.score(model, part.tokens, part.mask)
         logprobs[rows, : logp.shape[1]] = logp.cpu()
@@ -578,6 +496,7 @@ def credit(rollouts, verdicts, reward, config):
     """What the losses need of each leaf: {rewards, soft_targets, leaf_weight (B,), advantages (B, T-1)}."""
     rewards, mask = torch.tensor([verdict["reward"] for verdict in verdicts]), rollouts.mask
     soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
+    # Leaves of a search are no samples of pi.  pi/q makes them stand for all completions; without it each counts alike.
     counted = rollouts.weight if config.leaf_weights == "on" else rollouts.count.float()
     leaf_weight = policy.normalise_weights(counted, rollouts.problem)
     if config.loss == "grpo":
@@ -592,23 +511,20 @@ def credit(rollouts, verdicts, reward, config):
 def losses(score, head, part, config, token_total, leaf_total):
     """Policy and value loss of one micro-batch of rollouts, on its device: (loss, metrics), both sums over the
     micro-batch divided by totals of the whole minibatch, so that micro-batches and ranks add up."""
-    mask, extra = part.mask, part.extra
-    token_weights = extra["leaf_weight"][:, None] * mask / token_total
+    mask, extra, rewards = part.mask, part.extra, part.extra["rewards"]
+    weights = extra["leaf_weight"][:, None] * mask / token_total  # (B, T-1): a leaf counts by its weight and its tokens
     logp, entropy, hidden = score(part.tokens, mask)
     if config.loss == "apo":
-        leaf_weights = extra["leaf_weight"] / leaf_total
-        policy_loss, metrics = policy.apo_loss(
-            logp, extra["ref_logprobs"], mask, extra["rewards"], extra["optimal_value"], config.beta2, leaf_weights
-        )
-    else:
-        policy_loss, metrics = policy.ppo_loss(
-            logp, part.logprobs, extra["advantages"], entropy, token_weights, config.clip, config.entropy_coef
-        )
-    metrics |= policy.ratio_metrics(logp, part.logprobs, entropy, token_weights, config.clip)
+        V_star, leaf_weights = extra["optimal_value"], extra["leaf_weight"] / leaf_total
+        how = (config.beta2, leaf_weights)
+        policy_loss, metrics = policy.apo_loss(logp, extra["ref_logprobs"], mask, rewards, V_star, *how)
+    else:  # grpo and em differ from ppo in their advantages alone
+        how = (config.clip, config.entropy_coef)
+        policy_loss, metrics = policy.ppo_loss(logp, part.logprobs, extra["advantages"], entropy, weights, *how)
+    metrics |= policy.ratio_metrics(logp, part.logprobs, entropy, weights, config.clip)
     V, u_logit = head(hidden)
-    returns = value_module.monte_carlo_returns(extra["rewards"], mask)
-    targets = value_module.monte_carlo_returns(extra["soft_targets"], mask)
-    value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, token_weights)
+    returns, targets = (value_module.monte_carlo_returns(x, mask) for x in (rewards, extra["soft_targets"]))
+    value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, weights)
     return policy_loss + value_loss, metrics | value_metrics
 
 
@@ -620,23 +536,22 @@ def idle_loss(score, head, device):
     return 0.0 * (logp.sum() + sum(out.sum() for out in head(hidden)))
 
 
-def update(model, score, head, optimizers, rollouts, indices, config, iteration, ranks):
+def update(model, score, head, optimizer, rollouts, indices, config, iteration, ranks):
     """Passes of the loss over one batch of rollouts, an optimiser step a minibatch.
 
     score(tokens, mask): policy.score of the model, through FSDP's hooks.  indices: global numbers of this rank's
     problems.  rollouts.extra holds `rewards`, `soft_targets`, `leaf_weight` (B,), `advantages` (B, T-1), and for apo
-    `optimal_value` (B,), `ref_logprobs` (B, T-1).  Returns metrics, averaged over the steps, the same on all ranks.  Raises
-    FloatingPointError at a NaN, before the step that would spread it.
+    `optimal_value` (B,), `ref_logprobs` (B, T-1).  optimizer: two groups of parameters, the model's and the head's.
+    Returns metrics, averaged over the steps, the same on all ranks.  Raises FloatingPointError at a NaN, before the
+    step that would spread it.
     """
-    for optimizer, rate in zip(optimizers, (config.learning_rate, config.value_learning_rate)):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate_scale(config, iteration)
-    steps = []  # metrics of each optimiser step
+    for group, peak in zip(optimizer.param_groups, (config.learning_rate, config.value_learning_rate)):
+        group["lr"] = peak * learning_rate_scale(config, iteration)
+    steps, weight = [], rollouts.extra["leaf_weight"]  # metrics of each optimiser step
     model.train()
     for epoch in range(config.epochs):
         for micro_batches in minibatches_of(rollouts, indices, config, iteration, epoch):
             # What the weights are divided by, counted once, over all ranks, before the first backward.
-            weight = rollouts.extra["leaf_weight"]
             rows = torch.cat([torch.zeros(0, dtype=torch.int64), *micro_batches])
             tokens = weight[rows, None] * rollouts.mask[rows]
             counts = fsdp.total({"tokens": tokens.sum().item(), "leaves": weight[rows].sum().item()}, ranks)
@@ -655,14 +570,15 @@ def update(model, score, head, optimizers, rollouts, indices, config, iteration,
                     sums[name] = sums.get(name, 0.0) + x
             values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
             measured = fsdp.total(dict(zip(sums, values)), ranks)
-            clip = lambda optimizer: torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip)
-            measured["grad_norm"], _ = (fsdp.whole(clip(optimizer)).item() for optimizer in optimizers)
+            # Each group is clipped by its own norm: neither shrinks the step of the other.
+            clip = lambda group: torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
+            norm_of_policy, _ = map(clip, optimizer.param_groups)
+            measured["grad_norm"] = fsdp.whole(norm_of_policy).item()
             for name, x in measured.items():
                 if not math.isfinite(x):
                     raise FloatingPointError(f"iteration {iteration}: {name} is {x}")
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             steps.append(measured)
     model.eval()
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
@@ -674,11 +590,10 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
     weight, mask, stats = rollouts.extra["leaf_weight"], rollouts.mask, rollouts.stats
     add = lambda x: (weight * torch.as_tensor(x, dtype=torch.float32)).sum().item()
     correct = [verdict["correct"] for verdict in verdicts]
-    distinct = {(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}
     means = {
         "reward_mean": add(rollouts.extra["rewards"]),
         "rollout_accuracy": add(correct),
-        "unique_correct": len(distinct),
+        "unique_correct": len({(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}),
         "leaves": len(rollouts),
         "mass": stats["mass"] * len(problems),
         "truncated": add(rollouts.truncated),
@@ -687,168 +602,46 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
     returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
     moments = policy.moments(rollouts.values, returns, weight[:, None] * mask)
     counts = {name: stats[name] for name in ("model_tokens", "forwards", "pruned")}
-    n = fsdp.total({"problems": len(problems)}, ranks)["problems"]
-    means = {name: x / n for name, x in fsdp.total(means, ranks).items()}
-    means["explained_variance"] = policy.explained_variance(fsdp.total(moments, ranks))
-    return means | fsdp.total(counts, ranks) | {"stopped": fsdp.total(stats["stopped"], ranks)}
+    # Sums are told to the other ranks, never means: a rank with two problems would weigh like one with a hundred.
+    told = fsdp.total(means | moments | counts | {"problems": len(problems)}, ranks)
+    row = {name: told[name] / told["problems"] for name in means}
+    row["explained_variance"] = policy.explained_variance(told)
+    return row | {name: told[name] for name in counts} | {"stopped": fsdp.total(stats["stopped"], ranks)}
 
 
 def some_samples(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
     """Rows for samples.jsonl: one leaf of each of a few problems, chosen by (seed, iteration), wherever they are."""
     N = config.problems_per_iteration
     chosen = random.Random(f"samples {config.seed} {iteration}").sample(range(N), min(config.samples, N))
-    rows = {}
+    rows = []
     for p, index in enumerate(indices):
         own = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
         if index in chosen and own:
             i = random.Random(f"leaf {config.seed} {iteration} {index}").choice(own)
             row = {"iteration": iteration, "prompt": problems[p].prompt, "completion": texts[i], "truth": problems[p].answer}
             numbers = {"weight": rollouts.extra["leaf_weight"][i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
-            rows[index] = row | verdicts[i] | {name: x.item() for name, x in numbers.items()}
-    told = {int(index): row for part in fsdp.everyone(rows, ranks) for index, row in part.items()}
-    return [told[index] for index in chosen if index in told]
+            rows.append((chosen.index(index), row | verdicts[i] | {name: x.item() for name, x in numbers.items()}))
+    return [row for _, row in sorted(sum(fsdp.everyone(rows, ranks), []))]
 
 
 def what_failed(error, ranks):
-    """One sentence for an exception that is not a mistake in the code; "" for one that is."""
+    """One sentence for an exception that is not a mistake in the code; one that is goes on: its traceback is wanted."""
     rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes (--dry-run says what needs what)"
-    outside = (FloatingPointError, LookupError, OSError, reward_module.RewardError)
-    if isinstance(error, outside) and not isinstance(error, (KeyError, IndexError)):
+    if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError)) or type(error) is LookupError:
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
         return f"{rank}another rank has ended, and its own message says why"
-    return ""
+    raise error
 
 
-def other_logs(config, first):
-    """Where the rows of metrics.jsonl go too, from iteration `first`: a list of functions of (numbers by name, iteration)."""
-    logs = []
-    if config.wandb:
-        import wandb
-
-        try:
-            logs.append(wandb.init(project="apo", name=config.output_dir, config=dataclasses.asdict(config)).log)
-        except Exception as error:  # nobody is logged in, no network
-            raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Opened by the first row, when the folder is ours.  A resumed run takes back what lies after its checkpoint.
-        writer = functools.cache(lambda: SummaryWriter(config.output_dir, purge_step=first))
-        logs.append(lambda row, n: [*(writer().add_scalar(name, x, n) for name, x in row.items()), writer().flush()])
-    return logs
-
-
-SHOWN = (  # of a row of metrics.jsonl on the terminal: word, name, format
-    ("accuracy", "rollout_accuracy", ".3f"), ("reward", "reward_mean", "+.2f"), ("length", "completion_length", "5.1f"),
-    ("leaves", "leaves", ".1f"), ("kl", "approx_kl", ".4f"), ("clip", "clip_fraction", ".2f"),
-    ("entropy", "entropy", ".2f"), ("tokens", "model_tokens", ",d"), ("seconds", "seconds", ".0f"),
-)  # fmt: skip
-
-
-class Clock:
-    """Wall seconds of the run, over all its resumes, and of each phase of this process."""
-
-    def __init__(self, before):
-        self.start, self.phases = time.perf_counter() - before, {}
-
-    def seconds(self):
-        """Wall seconds of the run so far."""
-        return time.perf_counter() - self.start
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        """Add the seconds spent inside to those of the phase `name`."""
-        start = time.perf_counter()
-        yield
-        self.phases[name] = self.phases.get(name, 0.0) + time.perf_counter() - start
-
-
-# ============================================================================================== memory, on paper
-
-
-def memory(config, model, prompt, activations, world_size, offload):
-    """What a rank needs, in bytes by name, and the peaks on the GPU: "rollouts" and "update"; "host" for the offload.
-
-    model: its outline (policy.outline); prompt: tokens of a prompt; activations: policy.activation_bytes.  An upper
-    bound where the run decides: every search uses all of --max-nodes, and every completion is of full length.
-    """
-    text = model.config.get_text_config()
-    D, V, L, heads = text.hidden_size, text.vocab_size, text.num_hidden_layers, text.num_attention_heads
-    blocks = policy.blocks_of(model)
-    parameters = [*model.parameters(), *value_module.ValueHead(D).parameters()]
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    block = sum(p.numel() for p in blocks[0].parameters())
-    root = total - block * len(blocks)
-    reference = total if config.loss == "apo" else 0  # the base as it was: no gradients, no moments
-    c = 2 if config.mixed_precision == "bf16" else 4  # bytes of a number in a forward pass
-    sharded = world_size > 1 or offload or c == 2
-
-    # What a rank keeps: 1/W of the float32 weights, of their gradients, and of AdamW's two moments.
-    need = {"weights": 4 * (total + reference) / world_size, "gradients": 4 * trained / world_size}
-    need["moments"] = 2 * need["gradients"]
-    kept = 0 if offload else need["weights"] + need["moments"]
-
-    # Rollouts: whole weights; a row of K/V a prompt token and a node, and with it its ancestors and its hidden state.
-    whole = c * (total + reference) * sharded
-    problems = min(config.rollout_batch, math.ceil(config.problems_per_iteration / world_size))
-    span = prompt + config.max_new_tokens
-    rows, capacity = problems * (prompt + config.max_nodes), max(1024, 2 * problems * prompt)
-    while capacity < rows:  # tables grow by doubling
-        capacity *= 2
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    kv = 2 * kv_heads * (getattr(text, "head_dim", None) or D // heads) * c  # of a row in one layer
-    need["K/V"] = capacity * kv * L
-    nodes = problems * config.width  # of a round: scores of all their children; ancestors' K/V of a layer, and copies
-    need["search"] = capacity * (1.5 * 8 * span + c * D) + nodes * (80 * V + 3 * kv * span)
-
-    # Update: the root stays whole, two blocks come and go, gradients are whole until they are split.
-    tokens = config.micro_batch * span
-    at_once = 2 + L * c * D / activations if config.gradient_checkpointing == "on" else L + 1  # blocks' worth
-    need["activations"] = tokens * activations * at_once + 20 * min(1 << 24, tokens * V)  # and a chunk of logits
-    gathered = (c * (root + 2 * block) + (c + 4) * root) * sharded
-    need["gathered"] = max(whole, gathered)
-
-    backward = gathered + need["activations"] + (0 if offload else need["gradients"])
-    need["rollouts"] = kept + whole + need["K/V"] + need["search"]
-    need["update"] = kept + backward
-    need["host"] = offload * (need["weights"] + need["gradients"] + need["moments"])
-    return need
-
-
-def dry_run(config, gpu_memory=None):
-    """Print the memory of a rank, of 1, 2, 4 and 8, with and without offload, without loading any weights.  Raises
-    ValueError if the run, as its flags and torchrun have it, needs more than gpu_memory GiB."""
-    model = policy.outline(config.model, config.freeze_blocks)
-    problems = data.eval_problems(64, config.digits, config.prompt)
-    try:
-        prompt = max(map(len, evaluation.encode(policy.load_tokenizer(config.model), problems)))
-        known = "the longest of 64 problems"
-    except ValueError:
-        prompt = max(len(problem.prompt) for problem in problems) // 3
-        known = "no tokenizer: taken as 3 characters a token"
-    policy.check_context(model, prompt, config.max_new_tokens)
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    activations = policy.activation_bytes(model, dtype)
-    print(f"{config.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(policy.blocks_of(model))} blocks")
-    print(f"prompts of {prompt} tokens ({known}); a block keeps {activations:,.0f} bytes a token for the backward pass")
-    print("GiB of a rank, at most; rollouts and update are the peaks on the GPU\n")
-    this = (int(os.environ.get("WORLD_SIZE", 1)), config.cpu_offload)
-    peaks = {}
-    for setting in ((ranks, offload) for offload in (False, True) for ranks in sorted({1, 2, 4, 8, this[0]})):
-        need = memory(config, model, prompt, activations, *setting)
-        if not peaks:
-            print("ranks  offload" + "".join(f"{name:>12s}" for name in need))
-        numbers = "".join(f"{x / 2**30:12.2f}" for x in need.values())
-        print(f"{setting[0]:5d}  {'on' if setting[1] else 'off':>7s}{numbers}")
-        peaks[setting] = max(need["rollouts"], need["update"]) / 2**30
-    if gpu_memory and peaks[this] > gpu_memory:
-        fits = [f"{n} ranks{' with --cpu-offload' * offload}" for (n, offload), peak in peaks.items() if peak <= gpu_memory]
-        instead = f"it fits on {fits[0]}" if fits else "lower --rollout-batch, --max-nodes or --micro-batch"
-        raise ValueError(f"--gpu-memory {gpu_memory:g}: a rank needs {peaks[this]:.1f} GiB; {instead}")
+@contextlib.contextmanager
+def timed(phases, name):
+    """Add the wall seconds spent inside to phases[name]."""
+    start = time.perf_counter()
+    yield
+    phases[name] = phases.get(name, 0.0) + time.perf_counter() - start
 
 
 # ===================================================================================================== the loop
@@ -856,22 +649,21 @@ def dry_run(config, gpu_memory=None):
 
 def main(argv=None):
     config, args, refuse = parse(argv)
-    if args.dry_run:
-        try:
-            return dry_run(config, args.gpu_memory)
-        except (ValueError, OSError) as error:
-            refuse(str(error))
 
     # ------------------------------------------------------------------ set-up: all that can be wrong is said here
-    ranks = None
     try:
+        if args.dry_run:
+            from experiments import memory
+
+            return memory.dry_run(config, args.gpu_memory)
         reward = reward_module.load(config.reward, config.format_bonus, config.length_penalty)
         bf16 = config.mixed_precision == "bf16"
         ranks = fsdp.start(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
         if config.cpu_offload and ranks.device.type == "cpu":
             raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
         on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
-        source, state = fsdp.everyone(on_main(lambda: find_start(config, args)), ranks)[0]
+        begin = lambda: (args.checkpoint, {}) if args.eval_only else find_start(config)
+        source, state = fsdp.everyone(on_main(begin), ranks)[0]
         loaded = fsdp.agree(lambda: load_everything(config, source, reward, ranks), ranks)
         model, tokenizer, head, base, train_file, eval_set = loaded
         if state.get("reward_bounds", [*reward.bounds]) != [*reward.bounds]:
@@ -879,18 +671,27 @@ def main(argv=None):
         shard = functools.partial(fsdp.shard, ranks=ranks, offload=config.cpu_offload)
         model, head = shard(model, blocks=policy.blocks_of(model), mixed_precision=bf16), shard(head)
         base = base and shard(base, blocks=policy.blocks_of(base), mixed_precision=bf16)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizers = [
-            torch.optim.AdamW(trainable, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay),
-            torch.optim.AdamW(head.parameters(), lr=config.value_learning_rate, weight_decay=config.weight_decay),
-        ]
-        if source:
-            fsdp.agree(lambda: restore(source, model, head, optimizers), ranks)
-        others = on_main(lambda: [] if args.eval_only else other_logs(config, state["iteration"] + bool(source))) or []
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Two groups, each with a learning rate of its own, which `update` sets.  A run has some hundred steps: Adam's
+        # usual 0.999 would remember the gradients of the first policy to its end.
+        groups = [{"params": trained, "betas": (0.9, 0.95)}, {"params": list(head.parameters())}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        if not args.eval_only:
+            iteration, model_tokens, earlier = (state[name] for name in ("iteration", "model_tokens", "seconds"))
+            if source:
+                fsdp.agree(lambda: restore(source, model, head, optimizer), ranks)
+            log_too = None
+            if config.wandb or config.tensorboard:
+                from experiments import logs
+
+                log_too = on_main(lambda: logs.start(config, iteration + bool(source)))
+            # The last thing to go wrong: until here nothing was written, from here on the folder is ours.
+            lock = on_main(lambda: open_output(config, source, iteration, state["found"]))
     except (ValueError, OSError) as error:
-        refuse(str(error)) if ranks is None or ranks.is_main else sys.exit(2)
+        refuse(str(error))
     score = fsdp.through(model, policy.score)
     value = evaluation.guide(head, reward.bounds, config.beta, config.guide == "head")
+    say = tqdm.write if ranks.is_main else lambda line, file=None: None  # print would write on the bar's line
 
     def evaluate():
         with fsdp.gathered(model, head):
@@ -899,130 +700,126 @@ def main(argv=None):
                 max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes, batch=config.rollout_batch,
             )[0]  # fmt: skip
 
-    say = print if ranks.is_main else lambda *words, **where: None
     if args.eval_only:
         say(evaluation.report(evaluate()))
         return fsdp.stop(ranks)
 
     # ------------------------------------------------------------------------------------------------ first words
-    try:
-        lock = on_main(lambda: open_output(config, source, state["iteration"]))
-    except (ValueError, OSError) as error:
-        refuse(f"--output-dir {config.output_dir}: {error}") if ranks.is_main else sys.exit(2)
-    metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
+    metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in RUN_FILES[1:])
     log = append if ranks.is_main else lambda path, rows: None
-    clock, iteration, model_tokens, evaluated = Clock(state["seconds"]), state["iteration"], state["model_tokens"], {}
     size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
-    say(f"{config.model}: {size(model.parameters())} parameters, {size(trainable)} trained; value head {size(head.parameters())}")
+    say(f"{config.model}: {size(model.parameters())} parameters, {size(trained)} trained; value head {size(head.parameters())}")
     say(f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}")
     say(f"on {ranks.device}, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} of {torch.get_num_threads()} threads; "
         f"{len(eval_set)} held-out problems; writing to {config.output_dir}")  # fmt: skip
+    if source:
+        say(f"resumed from {source}, after iteration {iteration}")
+    elif config.resume:
+        say(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
 
-    def evaluate_into(row):
-        with clock.phase("evaluation"):
-            result = evaluate()
-        evaluated[row["iteration"]] = result["accuracy"]
-        bar.set_description(f"eval {result['accuracy']:.3f}")
-        row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
-        row |= {"eval_length": result["completion_length"], "seconds": clock.seconds()}
+    start, phases, evaluated = time.perf_counter(), {}, {}
+    seconds = lambda: earlier + time.perf_counter() - start  # of the run, over all its resumes
 
     def record(row):
+        """Evaluate where it is time, then write the row of an iteration."""
+        n = row["iteration"]
+        if n % config.eval_every == 0 or n == config.iterations:
+            with timed(phases, "evaluation"):
+                result = evaluate()
+            row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
+            row["eval_length"], evaluated[n] = result["completion_length"], result["accuracy"]
+            bar.set_description(f"eval {result['accuracy']:.3f}")
+        row["seconds"] = seconds()
         log(metrics_path, [row])
-        nested = {f"{name}/{key}": x for name, part in row.items() if isinstance(part, dict) for key, x in part.items()}
-        for other in others:
-            other({name: x for name, x in (row | nested).items() if isinstance(x, (int, float))}, row["iteration"])
+        if log_too:
+            log_too(row)
 
     def keep():
-        with clock.phase("checkpoint"):
-            progress = {"model_tokens": model_tokens, "seconds": clock.seconds(), "reward_bounds": reward.bounds}
-            return save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress, ranks)
+        with timed(phases, "checkpoint"):
+            progress = {"model_tokens": model_tokens, "seconds": seconds(), "reward_bounds": reward.bounds}
+            return save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progress, ranks)
 
+    # SIGTERM, a preempting scheduler's, waits for the end of the iteration.  Ctrl-C breaks in at once but within an
+    # update; with other ranks it waits too, which would be left waiting.
+    received, stopped, failure, saved = [], None, "", source
+    held = (signal.SIGTERM,) if ranks.world_size == 1 else (signal.SIGTERM, signal.SIGINT)
+    heard = lambda: next((number for told in fsdp.everyone(received, ranks) for number in told), None)
     bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None if ranks.is_main else True)
-    saved, stopped, failure, signals = source, None, "", Signals(ranks)
     try:
-        if source:
-            say(f"resumed from {source}, after iteration {iteration}")
-        else:
-            if config.resume:
-                say(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
-            row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
-            evaluate_into(row)
-            record(row)
-            say(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
-
-        stopped = signals.any_rank()
-        while iteration < config.iterations and not stopped:
-            n = iteration + 1
-
-            # ------------------------------------------------------------------ 1. rollouts: A* search, or sampling
-            problems, indices = draw_problems(config, n, ranks, train_file)
-            keys = astar_search.root_keys(config.seed, n, indices)
-            search_for = functools.partial(
-                make_rollouts, tokenizer=tokenizer, problems=problems, keys=keys, config=config, reward=reward
-            )
-            with clock.phase("rollouts"), fsdp.gathered(model, head):
-                rollouts = search_for(model, value=value, kind=config.rollout, K=config.rollouts_per_problem)
-
-            # ------------------------------------------------------------------------------------------ 2. rewards
-            texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
-
-            # ------------------------------------------------------------------- 3. leaf weights and advantages
-            rollouts.extra = credit(rollouts, verdicts, reward, config)
-            learned = summarise(rollouts, texts, verdicts, problems, ranks)
-            if learned["leaves"] == 0:
-                raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
-            spent = learned.pop("model_tokens")
-            if base is not None or bf16:  # the micro-batches of the first epoch, to score as training will
-                batches = [rows for minibatch in minibatches_of(rollouts, indices, config, n, 0) for rows in minibatch]
-            if base is not None:  # apo: V*(x) from samples of the base; their tokens count
-                with clock.phase("rollouts"), fsdp.gathered(base):
-                    reference = search_for(base, value=None, kind="sample", K=config.apo_samples)
-                    ref_logprobs = score_all(base, rollouts, batches, ranks.device)
-                spent += fsdp.total({"tokens": reference.stats["model_tokens"]}, ranks)["tokens"]
-                optimal = reference_values(reference, tokenizer, problems, reward, config)
-                rollouts.extra |= {"optimal_value": optimal[rollouts.problem], "ref_logprobs": ref_logprobs}
-            if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
-                with clock.phase("update"), fsdp.gathered(model):
-                    rollouts.logprobs = score_all(model, rollouts, batches, ranks.device)
-
-            with signals.update():
-                # ----------------------------------------------------------------------------------- 4. the update
-                with clock.phase("update"):
-                    learned |= update(model, score, head, optimizers, rollouts, indices, config, n, ranks)
-                iteration, model_tokens = n, model_tokens + spent
-
-                # -------------------------------------------------------------------------------------- 5. the log
-                row = {"iteration": n, "seconds": clock.seconds(), "model_tokens": model_tokens} | learned
-                row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
-                if n % config.eval_every == 0 or n == config.iterations:
-                    evaluate_into(row)
+        with contextlib.suppress(KeyboardInterrupt), hold(held, received):
+            if not source:
+                row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
                 record(row)
-                log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
-                line = f"{n:4d}/{config.iterations}" + "".join(f"  {word} {row[name]:{form}}" for word, name, form in SHOWN)
-                if ranks.is_main:
-                    tqdm.write(line + (f"  | eval {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else ""))
-                    sys.stdout.flush()
-                bar.set_postfix_str(f"accuracy {row['rollout_accuracy']:.3f}")
-                bar.update()
+                say(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
 
-                # --------------------------------------------------------------------------------- 6. the checkpoint
-                stopped = signals.any_rank()
-                if n % config.checkpoint_every == 0 or n == config.iterations or stopped:
-                    saved = keep()
-    except KeyboardInterrupt:  # one process: the iteration that it broke into is dropped
-        stopped = signal.SIGINT
+            while iteration < config.iterations and not (stopped := heard()):
+                n = iteration + 1
+
+                # -------------------------------------------------------------- 1. rollouts: A* search, or sampling
+                problems, indices = draw_problems(config, n, ranks, train_file)
+                given = dict(tokenizer=tokenizer, problems=problems, config=config, reward=reward)
+                given["keys"] = astar_search.root_keys(config.seed, n, indices)  # of the noise: by problem, not by rank
+                # Whole weights on every rank: each search runs as many forwards as it needs, and waits for nobody.
+                with timed(phases, "rollouts"), fsdp.gathered(model, head):
+                    K = config.rollouts_per_problem
+                    rollouts = make_rollouts(model, value=value, kind=config.rollout, K=K, **given)
+
+                # ---------------------------------------------------------------------------------------- 2. rewards
+                texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
+
+                # ----------------------------------------------------------------- 3. leaf weights and advantages
+                # Whatever needs pi_old is computed here, once, before the first step moves the policy.
+                rollouts.extra = credit(rollouts, verdicts, reward, config)
+                learned = summarise(rollouts, texts, verdicts, problems, ranks)
+                if learned["leaves"] == 0:
+                    raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
+                spent = learned.pop("model_tokens")
+                if base is not None:  # apo: V*(x) from samples of the base; their tokens count
+                    with timed(phases, "rollouts"), fsdp.gathered(base):
+                        reference = make_rollouts(base, value=None, kind="sample", K=config.apo_samples, **given)
+                        rollouts.extra["ref_logprobs"] = score_all(base, rollouts, indices, config, n, ranks.device)
+                    spent += fsdp.total({"tokens": reference.stats["model_tokens"]}, ranks)["tokens"]
+                    _, judged = evaluation.judge(reference, tokenizer, problems, reward, config.max_new_tokens)
+                    drawn = torch.tensor([verdict["reward"] for verdict in judged]).repeat_interleave(reference.count)
+                    # V*(x) = beta1 log mean exp(r/beta1)
+                    optimal = policy.optimal_value(drawn.view(len(problems), config.apo_samples), config.beta1)
+                    rollouts.extra["optimal_value"] = optimal[rollouts.problem]
+                if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
+                    with timed(phases, "update"), fsdp.gathered(model):
+                        rollouts.logprobs = score_all(model, rollouts, indices, config, n, ranks.device)
+
+                with hold([signal.SIGINT], received):
+                    # ------------------------------------------------------------------------------- 4. the update
+                    # From here to the checkpoint Ctrl-C waits: half an update is no policy that anybody trained.
+                    with timed(phases, "update"):
+                        learned |= update(model, score, head, optimizer, rollouts, indices, config, n, ranks)
+                    iteration, model_tokens = n, model_tokens + spent
+
+                    # ---------------------------------------------------------------------------------- 5. the log
+                    row = {"iteration": n, "seconds": 0.0, "model_tokens": model_tokens} | learned
+                    row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
+                    record(row)
+                    log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
+                    say(f"{n:4d}/{config.iterations}  accuracy {row['rollout_accuracy']:.3f}  reward {row['reward_mean']:+.2f}  "
+                        f"length {row['completion_length']:5.1f}  leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  "
+                        f"clip {row['clip_fraction']:.2f}  entropy {row['entropy']:.2f}  tokens {model_tokens:,d}  "
+                        f"seconds {row['seconds']:.0f}" + (f"  | eval {evaluated[n]:.3f}" if n in evaluated else ""))  # fmt: skip
+                    sys.stdout.flush()
+                    bar.set_postfix_str(f"accuracy {row['rollout_accuracy']:.3f}")
+                    bar.update()
+
+                    # ---------------------------------------------------------------------------- 6. the checkpoint
+                    # No random state is in it: problems, noise and order are functions of (seed, iteration, index).
+                    if n % config.checkpoint_every == 0 or n == config.iterations:
+                        saved = keep()
+        if iteration < config.iterations:  # a signal that waited, or a Ctrl-C that broke in: its iteration is dropped
+            stopped = stopped or signal.SIGINT
+            if iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
+                saved = keep()
     except Exception as error:
         failure = what_failed(error, ranks)
-        if not failure:
-            raise  # a mistake of ours: its traceback is wanted
     finally:
         bar.close()
-        signals.restore()
-        if stopped and not failure and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
-            try:
-                saved = keep()
-            except OSError as error:
-                failure = what_failed(error, ranks)
         if ranks.is_main:
             os.close(lock)
 
@@ -1030,20 +827,18 @@ def main(argv=None):
     if failure:
         print(f"train.py: stopped: {failure}; the last good checkpoint is {saved or 'none'}", file=sys.stderr)
         sys.exit(1)
-    if stopped and iteration < config.iterations:
+    if iteration < config.iterations:
         go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
-        name = "Ctrl-C" if stopped == signal.SIGINT else "SIGTERM"
+        name, status = ("SIGTERM", 0) if stopped == signal.SIGTERM else ("Ctrl-C", 130)
         say(f"train.py: stopped by {name} after iteration {iteration}; {go_on}", file=sys.stderr)
-        status = 0 if stopped == signal.SIGTERM else 130
-        fsdp.stop(ranks, status)
-        sys.exit(status)
+        return fsdp.stop(ranks, status)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     if ranks.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
-    phases = ", ".join(f"{name} {t:.0f} s" for name, t in clock.phases.items())
+    where_time_went = ", ".join(f"{name} {t:.0f} s" for name, t in phases.items())
     curve = ", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items())
     say(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: {curve}")
-    say(f"{model_tokens:,} model tokens in {clock.seconds():.0f} s ({phases}); peak memory of a rank {memory:.2f} GiB")
+    say(f"{model_tokens:,} model tokens in {seconds():.0f} s ({where_time_went}); peak memory of a rank {memory:.2f} GiB")
     say(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved}")
     fsdp.stop(ranks)
 

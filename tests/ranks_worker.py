@@ -40,9 +40,9 @@ rewards = torch.tensor([1.0 if sum(ids) % 3 == 0 else -1.0 for ids in rollouts.c
 advantages = value_module.gae(rewards, rollouts.values, rollouts.mask, 0.95)
 rollouts.extra = {"rewards": rewards, "leaf_weight": leaf_weight, "advantages": advantages}
 rollouts.extra["soft_targets"] = value_module.soft_target(rewards, -1.0, 1.1, config.beta)
-optimizers = [torch.optim.SGD(module.parameters(), lr=1.0) for module in (model, head)]
+optimizer = torch.optim.SGD([{"params": list(module.parameters())} for module in (model, head)], lr=1.0)
 score = fsdp.through(model, policy.score)
-learned = train.update(model, score, head, optimizers, rollouts, indices, config, 1, ranks)
+learned = train.update(model, score, head, optimizer, rollouts, indices, config, 1, ranks)
 leaves = {}
 for p, ids in zip(rollouts.problem.tolist(), rollouts.completions()):
     leaves.setdefault(indices[p], []).append(ids)

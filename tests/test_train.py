@@ -21,6 +21,7 @@ import policy
 import reward
 import train
 from conftest import rows, tensors, timeless
+from experiments import memory
 
 ROOT = pathlib.Path(train.__file__).parent
 SMALL = ["--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6", "--max-new-tokens", "14",
@@ -219,8 +220,8 @@ SHAPES = ROOT / "experiments" / "qwen2.5-3b"
 
 def memory_of(model, *flags, prompt=100, world_size=1, offload=False):
     config, _, _ = train.parse(["--model", str(model), *flags])
-    outline = policy.outline(str(model), config.freeze_blocks)
-    return train.memory(config, outline, prompt, 1000.0, world_size, offload)
+    outline = memory.outline(str(model), config.freeze_blocks)
+    return memory.memory(config, outline, prompt, 1000.0, world_size, offload)
 
 
 def test_memory_of_the_3b_model_by_hand():
@@ -254,7 +255,7 @@ def test_memory_of_the_cache_is_what_the_search_takes():
     options = astar_search.Options(policy.stop_tokens(model, tokenizer), K=200, max_new_tokens=20, max_nodes=60)
     astar_search.search(astar_search.root_keys(0, 1, range(9)), expander, options)
     tables = sum(table.numel() * table.element_size() for table in expander.cache.tables.values())
-    need = train.memory(config, policy.outline(config.model), len(prompts[0]), 1000.0, 1, False)
+    need = memory.memory(config, memory.outline(config.model), len(prompts[0]), 1000.0, 1, False)
     assert tables == need["K/V"]
 
 
@@ -269,12 +270,12 @@ def test_activations_are_counted_and_not_guessed():
         def forward(self, hidden_states, **kwargs):
             return torch.nn.functional.gelu(self.linear(hidden_states))
 
-    model = policy.outline(str(ROOT / "tiny_base"))
+    model = memory.outline(str(ROOT / "tiny_base"))
     model.base_model.layers = torch.nn.ModuleList(Block() for _ in range(4)).to("meta")
     model.base_model.embed_tokens = torch.nn.Embedding(24, 16, device="meta")
     model.base_model.norm = torch.nn.Identity()
     for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
-        assert policy.activation_bytes(model, dtype) == 2 * width * 16
+        assert memory.activation_bytes(model, dtype) == 2 * width * 16
 
 
 def test_the_dry_run_prints_and_refuses(capsys, tmp_path):
