@@ -680,7 +680,7 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
         "rollout_accuracy": add(correct),
         "unique_correct": len(distinct),
         "leaves": len(rollouts),
-        "mass": stats["mass"] * len(problems),
+        "mass": stats["mass"],
         "truncated": add(rollouts.truncated),
         "completion_length": add(rollouts.length - rollouts.prompt_length),
     }
