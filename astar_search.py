@@ -32,7 +32,6 @@ In this file, in reading order: noise, children, tree, search, sampling, the KV-
 """
 
 import heapq
-import inspect
 import math
 import sys
 from collections import Counter
@@ -47,12 +46,8 @@ from transformers.cache_utils import Cache
 # key(root) = mix(seed, iteration, problem);  key(sa) = mix64(key(s), a);  the Gumbel at sa is a function of key(sa).
 
 
-def _signed(x):
-    """An unsigned 64-bit constant as the signed integer that torch.int64 holds."""
-    return x - (1 << 64) if x >> 63 else x
-
-
-_STEP, _MULTIPLY_1, _MULTIPLY_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# The constants of SplitMix64 as torch.int64 holds them: all three have the sign bit set.
+_STEP, _MULTIPLY_1, _MULTIPLY_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _shift(x, bits):
@@ -405,10 +400,12 @@ def sample(keys, expand, options, greedy=False):
 
 
 def with_room(table, rows):
-    """The table (at least so many rows, ...): itself, or a copy at least twice as long, so that growing stays cheap."""
-    if table.shape[0] >= rows:
+    """The table (rows, ...) if it is long enough, else a copy that is twice as long as asked: growing stays cheap."""
+    if len(table) >= rows:
         return table
-    return torch.cat([table, table.new_zeros(max(2 * rows, 1024) - table.shape[0], *table.shape[1:])])
+    grown = table.new_zeros(max(2 * rows, 1024), *table.shape[1:])
+    grown[: len(table)] = table
+    return grown
 
 
 class NodeCache(Cache):
@@ -446,10 +443,6 @@ class NodeCache(Cache):
         """Always 0: positions and masks are given explicitly, nothing may be derived from a length."""
         return 0
 
-    def get_mask_sizes(self, *args, **kwargs):
-        """Never asked by a model that takes the mask it is given: ValueError."""
-        raise ValueError("this model builds its own attention mask from the cache")
-
 
 class Expander:
     """expand(nodes) for `search` and `sample` on a causal language model: one forward a call, one token a node.
@@ -479,12 +472,10 @@ class Expander:
     @torch.no_grad()
     def __call__(self, nodes):
         """Returns log pi(.|s) (n, V) float32 and h(s) (n, 1): every child inherits the h of its parent."""
-        roots = [node for node in nodes if node.slot is None and node.parent is None]
-        inner = [node for node in nodes if node.slot is None and node.parent is not None]
-        if roots:
-            self._prefill(roots)
-        if inner:
-            self._decode(inner)
+        fresh = [node for node in nodes if node.slot is None]
+        for some in ([node for node in fresh if node.parent is None], [node for node in fresh if node.parent]):
+            if some:
+                self._run(some)
         slots = torch.tensor([node.slot for node in nodes], device=self.device)
         hidden = self.hidden[slots]
         logp = F.log_softmax(self.lm_head(hidden).float(), dim=-1)
@@ -494,51 +485,39 @@ class Expander:
         self.values[slots] = V.float()
         return logp, h[:, None]
 
-    def _forward(self, tokens, positions, write, read, visible):
-        """Last hidden states (n, T, D) of tokens at positions (n, T), whose K/V goes to the rows `write` (n, T) of the
-        cache.  They see the rows `read` (n, L) where visible (n, T, L) says so."""
-        self.cache.write, self.cache.read = write, read
+    def _run(self, nodes):
+        """Run what each node adds to its parent's path: a root its prompt (padded on the right), another its token."""
+        added = [[node.token] if node.parent else self.prompts[node.problem] for node in nodes]
+        rows = [self.cache.reserve(len(tokens)) for tokens in added]
+        for node, own in zip(nodes, rows):
+            node.slot = own[-1]
+            self.spent[node.problem] += len(own)
+        starts = [len(self.prompts[node.problem]) + node.depth - 1 if node.parent else 0 for node in nodes]
+        facts = [(node.parent.slot if node.parent else 0, start, len(own) - 1) for node, start, own in zip(nodes, starts, rows)]
         self.ancestors, self.hidden, self.values = (
             with_room(table, self.cache.rows) for table in (self.ancestors, self.hidden, self.values)
         )
-        # An additive float mask: eager attention adds it, SDPA takes it, and neither may guess from is_causal.
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
-        self.forwards += 1
-        return self.backbone(
+
+        T = max(map(len, added))
+        padded = lambda lists: torch.tensor([[*x, *[0] * (T - len(x))] for x in lists], device=self.device)
+        tokens, write = padded(added), padded(rows)  # (n, T)
+        parent, start, last = torch.tensor(facts, device=self.device).T
+        positions = start[:, None] + torch.arange(T, device=self.device)
+        path = self.ancestors[parent].scatter_(1, positions, write)  # (n, span)
+        L = max(starts) + T
+        self.cache.write, self.cache.read = write, path[:, :L]
+        # Each token sees its path and itself; padding lies to the right of all that count.  An additive float mask:
+        # eager attention adds it, SDPA takes it, and neither may guess from is_causal.
+        hidden_from = torch.arange(L, device=self.device) > positions[:, :, None]  # (n, T, L)
+        mask = torch.zeros(hidden_from.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(hidden_from, torch.finfo(self.dtype).min)
+        out = self.backbone(
             input_ids=tokens, position_ids=positions, attention_mask=mask[:, None],  # (n, 1, T, L)
             past_key_values=self.cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
-
-    def _prefill(self, roots):
-        """Run the prompts, padded on the right, each once; a root's slot is the row of its last prompt token."""
-        prompts = [self.prompts[root.problem] for root in roots]
-        P = max(map(len, prompts))
-        rows = [list(self.cache.reserve(len(prompt))) for prompt in prompts]
-        for root, own in zip(roots, rows):
-            root.slot = own[-1]
-            self.spent[root.problem] += len(own)
-        padded = lambda lists: torch.tensor([x + [0] * (P - len(x)) for x in lists], device=self.device)
-        rows, positions = padded(rows), torch.arange(P, device=self.device).expand(len(roots), P)
-        visible = positions[:, None, :] <= positions[:, :, None]  # causal; padding lies to the right of all that count
-        out = self._forward(padded(prompts), positions, rows, rows, visible)
-        slots = torch.tensor([root.slot for root in roots], device=self.device)
-        self.ancestors[slots, :P] = rows
-        self.hidden[slots] = out[rows == slots[:, None]]
-
-    def _decode(self, nodes):
-        """Run one token a node, each attending to its own ancestors and itself."""
-        facts = []
-        for node, node.slot in zip(nodes, self.cache.reserve(len(nodes))):
-            facts.append((node.token, node.slot, node.parent.slot, len(self.prompts[node.problem]) + node.depth - 1))
-            self.spent[node.problem] += 1
-        token, slot, parent, position = torch.tensor(facts).to(self.device).T[:, :, None]  # (n, 1) each
-        L = max(fact[3] for fact in facts) + 1
-        path = self.ancestors[parent[:, 0]].scatter_(1, position, slot)
-        visible = torch.arange(L, device=self.device) <= position  # (n, L)
-        out = self._forward(token, position, slot, path[:, :L], visible[:, None])
-        self.ancestors[slot[:, 0]] = path
-        self.hidden[slot[:, 0]] = out[:, 0]
+        self.forwards += 1
+        slot, each = write.gather(1, last[:, None])[:, 0], torch.arange(len(nodes), device=self.device)
+        self.ancestors[slot], self.hidden[slot] = path, out[each, last]
 
 
 def check_model(model):
@@ -554,10 +533,6 @@ def check_model(model):
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise ValueError(f"{refuse}: it has layers of {', '.join(sorted(kinds))}, not full attention")
-    accepted = inspect.signature(model.base_model.forward).parameters
-    lacking = [name for name in ("position_ids", "attention_mask", "past_key_values") if name not in accepted]
-    if lacking or model.get_output_embeddings() is None:
-        raise ValueError(f"{refuse}: its forward takes no {', '.join(lacking) or 'output embeddings'}")
     was_training = model.training
     model.eval()
     try:
@@ -632,28 +607,29 @@ def collect(trees, expander, pad=0):
     paths, prompts = [leaf.nodes() for leaf in leaves], [expander.prompts[leaf.problem] for leaf in leaves]
     T = max((len(prompt) + leaf.depth for prompt, leaf in zip(prompts, leaves)), default=expander.span)
 
-    def grid(width, fact, before, after, dtype=torch.float32):
-        """(B, width): `before` of each prompt, a fact of each node of the path, padding."""
+    def column(fact, dtype=torch.float32):
+        return torch.tensor(list(map(fact, leaves)), dtype=dtype)
+
+    def grid(width, before, fact, after=0, dtype=torch.float32):
+        """(B, width): what comes `before`, of each prompt, then a fact of each node of the path, then padding."""
         rows = [[*before(prompt), *map(fact, path)] for prompt, path in zip(prompts, paths)]
         return torch.tensor([row + [after] * (width - len(row)) for row in rows], dtype=dtype).view(len(rows), width)
 
-    def column(facts, dtype=torch.float32):
-        return torch.tensor(list(facts), dtype=dtype)
-
     blank = lambda prompt: [0] * (len(prompt) - 1)
-    slots = grid(T - 1, lambda node: node.parent.slot, blank, 0, torch.int64)
+    slots = grid(T - 1, blank, lambda node: node.parent.slot, dtype=torch.int64)
+    prompt_length = column(lambda leaf: len(expander.prompts[leaf.problem]), torch.int64)
     return Rollouts(
-        tokens=grid(T, lambda node: node.token, list, pad, torch.int64),
-        prompt_length=column(map(len, prompts), torch.int64),
-        length=column((len(prompt) + leaf.depth for prompt, leaf in zip(prompts, leaves)), torch.int64),
-        problem=column((leaf.problem for leaf in leaves), torch.int64),
-        logprobs=grid(T - 1, lambda node: node.logp, blank, 0.0),
+        tokens=grid(T, list, lambda node: node.token, pad, torch.int64),
+        prompt_length=prompt_length,
+        length=prompt_length + column(lambda leaf: leaf.depth, torch.int64),
+        problem=column(lambda leaf: leaf.problem, torch.int64),
+        logprobs=grid(T - 1, blank, lambda node: node.logp),
         values=expander.values.cpu()[slots] * (slots > 0),
-        log_pi=column(leaf.g for leaf in leaves),
-        weight=column(leaf.weight for leaf in leaves),
-        count=column((leaf.count for leaf in leaves), torch.int64),
-        f=column(leaf.f for leaf in leaves),
-        truncated=column((leaf.truncated for leaf in leaves), torch.bool),
+        log_pi=column(lambda leaf: leaf.g),
+        weight=column(lambda leaf: leaf.weight),
+        count=column(lambda leaf: leaf.count, torch.int64),
+        f=column(lambda leaf: leaf.f),
+        truncated=column(lambda leaf: leaf.truncated, torch.bool),
         stats={
             "model_tokens": expander.model_tokens,
             "forwards": expander.forwards,
@@ -692,63 +668,57 @@ def main(argv=()):
     deeper = (0.1, 0.3, 0.6)
     reward = lambda text: 1.0 if text.startswith("bb") else -1.0
     name = lambda node: "".join(letters[token] for token in node.path())
+    zero = lambda text: 0.0
 
     def leaves_below(text):
         """Every completion below a prefix with its log pi from there."""
         if text.endswith(".") or len(text) == 3:
             return {text: 0.0}
-        found = {}
-        for letter, chance in zip(letters, pi.get(text, deeper)):
-            for leaf, logp in leaves_below(text + letter).items():
-                found[leaf] = math.log(chance) + logp
-        return found
+        return {leaf: math.log(chance) + logp for letter, chance in zip(letters, pi.get(text, deeper))
+                for leaf, logp in leaves_below(text + letter).items()}  # fmt: skip
 
     def exact_h(text):  # h(s) = log E_pi[exp(r/beta) | s]
         return math.log(sum(math.exp(logp + reward(leaf) / beta) for leaf, logp in leaves_below(text).items()))
 
-    def expand_with(guide, opened):
+    def run(guide, tau, problems=1):
+        """Searches by h = guide(text).  Returns the trees and the nodes in the order in which they were opened."""
+        opened = []
+
         def expand(nodes):
             opened.extend(nodes)
-            logp = [[math.log(p) for p in pi.get(name(node), deeper)] for node in nodes]
             h = [[guide(name(node) + letter) for letter in letters] for node in nodes]
-            return torch.tensor(logp, dtype=torch.float64), torch.tensor(h, dtype=torch.float64)
+            return torch.tensor([pi.get(name(node), deeper) for node in nodes]).double().log(), torch.tensor(h).double()
 
-        return expand
+        options = Options(eos=(eos,), K=4, tau=tau, max_new_tokens=3)
+        return search(root_keys(0, 0, range(problems)), expand, options), opened
 
     def show(title, guide, tau):
-        opened = []
-        options = Options(eos=(eos,), K=4, tau=tau, max_new_tokens=3)
-        tree = search(root_keys(0, 0, [0]), expand_with(guide, opened), options)[0]
+        """The search of one problem, printed.  Returns its leaves, and their texts."""
+        (tree,), opened = run(guide, tau)
         print(f"\n{title}\n        prefix     g      G      h      f")
         for verb, nodes in (("open", opened), ("leaf", tree.leaves)):
             for i, node in enumerate(nodes, start=1):
                 numbers = "".join(f"{x:7.2f}" for x in (node.g, node.G, node.h, node.f))
                 print(f"{verb} {i}  {name(node) or '(root)':6s}{numbers}")
-        return tree
+        return tree.leaves, list(map(name, tree.leaves))
 
     every = leaves_below("")
-    print(
-        "pi(.|s):  " + "   ".join(f"{s or '(root)'}: a {p[0]} b {p[1]} . {p[2]}" for s, p in pi.items()),
-        f"  else: {deeper}",
-    )
+    optimal = {text: logp + reward(text) / beta for text, logp in every.items()}
+    for s, (a, b, end) in (pi | {"else": deeper}).items():
+        print(f"pi(.|{s or '(root)'}): a {a} b {b} . {end}")
     print(f"reward: 1 below bb, -1 elsewhere; beta = 1; {len(every)} completions of at most 3 tokens")
 
-    tree = show("h = 0, tau = 0: the most probable completions first, right or wrong", lambda text: 0.0, tau=0.0)
-    assert [name(leaf) for leaf in tree.leaves] == sorted(every, key=every.get, reverse=True)[:4]
-
-    tree = show("exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0)
-    optimal = {text: logp + reward(text) / beta for text, logp in every.items()}
-    assert [name(leaf) for leaf in tree.leaves] == sorted(every, key=optimal.get, reverse=True)[:4]
-
-    tree = show("h = 0, tau = 1: four draws from pi without replacement; f = G", lambda text: 0.0, tau=1.0)
-    print(f"their weights pi/q: {[round(leaf.weight, 3) for leaf in tree.leaves]}")
+    _, texts = show("h = 0, tau = 0: the most probable completions first, right or wrong", zero, tau=0.0)
+    assert texts == sorted(every, key=every.get, reverse=True)[:4]
+    _, texts = show("exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0)
+    assert texts == sorted(every, key=optimal.get, reverse=True)[:4]
+    leaves, _ = show("h = 0, tau = 1: four draws from pi without replacement; f = G", zero, tau=1.0)
+    print(f"their weights pi/q: {[round(leaf.weight, 3) for leaf in leaves]}")
 
     # What the weights are for, asserted: sum of (pi/q) r over the leaves is E_pi[r] on average.
-    options = Options(eos=(eos,), K=4, max_new_tokens=3)
-    trees = search(root_keys(0, 0, range(2000)), expand_with(lambda text: 0.0, []), options)
+    trees, _ = run(zero, 1.0, problems=2000)
     estimates = torch.tensor([sum(leaf.weight * reward(name(leaf)) for leaf in tree.leaves) for tree in trees])
-    exact = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items())
-    error = estimates.std() / len(trees) ** 0.5
+    exact, error = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items()), estimates.std() / len(trees) ** 0.5
     print(f"E_pi[r] by 2000 such searches: {estimates.mean():.3f} +- {error:.3f}, by enumeration: {exact:.3f}")
     assert abs(estimates.mean() - exact) < 4 * error
 
