@@ -32,7 +32,6 @@ In this file, in reading order: noise, children, tree, search, sampling, the KV-
 """
 
 import heapq
-import inspect
 import math
 import sys
 from collections import Counter
@@ -47,12 +46,8 @@ from transformers.cache_utils import Cache
 # key(root) = mix(seed, iteration, problem);  key(sa) = mix64(key(s), a);  the Gumbel at sa is a function of key(sa).
 
 
-def _signed(x):
-    """An unsigned 64-bit constant as the signed integer that torch.int64 holds."""
-    return x - (1 << 64) if x >> 63 else x
-
-
-_STEP, _MULTIPLY_1, _MULTIPLY_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# The constants of SplitMix64 as torch.int64 holds them: all three have the sign bit set.
+_STEP, _MULTIPLY_1, _MULTIPLY_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _shift(x, bits):
@@ -64,8 +59,10 @@ def mix64(key, a):
     """SplitMix64 (Steele et al. 2014): output number a of the generator that starts at `key`.  int64 tensors that
     broadcast, arithmetic modulo 2^64."""
     x = key + (a + 1) * _STEP
-    x = (x ^ _shift(x, 30)) * _MULTIPLY_1
-    x = (x ^ _shift(x, 27)) * _MULTIPLY_2
+    x ^= _shift(x, 30)  # in place: with a large vocabulary this is most of what children cost
+    x *= _MULTIPLY_1
+    x ^= _shift(x, 27)
+    x *= _MULTIPLY_2
     return x ^ _shift(x, 31)
 
 
@@ -98,45 +95,64 @@ def perturb(g, keys, G_parent):
     return G_parent - v.clamp(min=0) - torch.log1p(torch.exp(-v.abs()))
 
 
-def best_children(logp, h, parents, tau, block):
-    """Children of n expanded nodes, each row sorted by search key: the next `block` that the node has not listed yet.
+def contenders(logp, keys, tau, count):
+    """Tokens that can be among each row's `count` best by log pi (tau = 0) or by log pi + Gumbel (tau > 0).
 
-    logp (n, V) log pi(a|s); h (n, V) or (n, 1) in nats; parents: n Nodes.
-    Returns n lists of (f, h, g, G, logp, token, key), best first, and n flags "that was the last child".
-    One copy from the device to the host, whatever n is.
+    logp (n, V); keys (n,) of the parents.  Returns tokens (n, M), ascending, M a little above count or V; and (n,) True
+    where surely no other token can.  Exact noise for all of a large vocabulary would cost half as much as the model, so
+    all are scored in float32, in pieces that stay in the processor's cache, and only the best M are looked at closely.
+    """
+    n, V = logp.shape
+    M, device = count + 16, logp.device
+    if M >= V:
+        return torch.arange(V, device=device).expand(n, V), torch.ones(n, dtype=torch.bool, device=device)
+    score, size = logp.float(), max(1, (1 << 16 if device.type == "cpu" else 1 << 24) // n)
+    if tau > 0:
+        score = torch.empty_like(score)
+        for piece in (slice(start, min(start + size, V)) for start in range(0, V, size)):
+            # The Gumbel -log(-log u) by v = 1 - u, rounded down: float32 holds a small v, that is, a large Gumbel.
+            v = _shift(~mix64(keys[:, None], torch.arange(piece.start, piece.stop, device=device)), 12).float()
+            score[:, piece] = logp[:, piece] - (v * -(2.0**-52 - 2.0**-75)).log1p_().neg_().log_()
+    best, tokens = score.topk(M)
+    tokens = tokens.sort(dim=1).values
+    exact = logp.gather(1, tokens).double()
+    if tau > 0:
+        exact += gumbel(mix64(keys[:, None], tokens))
+    bound = best[:, -1:].double() * (1 - 1e-6) + 1e-4  # on all other tokens; what is added is more than the rounding
+    return tokens, ((exact > bound).sum(dim=1) >= count) | bound[:, 0].isneginf()
+
+
+def best_children(logp, h, parents, tau, block, screen=True):
+    """The best `block` children of n nodes by search key, best first; ties: the smaller token first.
+
+    logp (n, V) log pi(a|s); h (n, V) or (n, 1) in nats; parents: n tuples (g, G, key).  Returns a numpy array
+    (n, block, 7) of f, h, g, G, logp and, as int64 in the place of float64, token and key; f = -inf where a node has no
+    such child.  One copy from the device to the host, whatever n is.  screen=False: look at all V children closely.
     """
     n, V = logp.shape
     assert h.shape in ((n, V), (n, 1)), f"expand must return h (n, V) or (n, 1), not {tuple(h.shape)}"
-    device = logp.device
+    block = min(block, V)
+    state = torch.tensor([parent[:2] for parent in parents], dtype=torch.float64, device=logp.device)
+    keys = torch.tensor([parent[2] for parent in parents], dtype=torch.int64, device=logp.device)
+    # With one h for all children their order is that of log pi (tau = 0) or log pi + Gumbel (tau = 1), else that of f.
+    simple = screen and tau in (0, 1) and h.shape == (n, 1)
+    tokens, certain = contenders(logp, keys, tau, block if simple else V)  # (n, M)
     # Keys are compared across the whole tree: float64, or two leaves of a long search could swap places.
-    logp, h = logp.double(), h.double().expand(n, V)
-    state = torch.tensor([[p.g, p.G] for p in parents], dtype=torch.float64, device=device)
-    parent_keys = torch.tensor([p.key for p in parents], dtype=torch.int64, device=device)
-    keys = mix64(parent_keys[:, None], torch.arange(V, device=device))  # (n, V)
-    g = state[:, :1] + logp  # g(sa) = g(s) + log pi(a|s)
-    G = perturb(g, keys, state[:, 1:]) if tau > 0 else g
-    f = G + h if tau == 1 else (1 - tau) * g + tau * G + h  # f = (1 - tau) g + tau G + h
+    step, h_child = logp.gather(1, tokens).double(), h.double().expand(n, V).gather(1, tokens)
+    child_keys = mix64(keys[:, None], tokens)
+    g = state[:, :1] + step  # g(sa) = g(s) + log pi(a|s)
+    G = perturb(g, child_keys, state[:, 1:]) if tau > 0 else g
+    f = G + h_child if tau == 1 else (1 - tau) * g + tau * G + h_child  # f = (1 - tau) g + tau G + h
     f = torch.where(g.isneginf(), -math.inf, f)  # impossible children (and no 0 * inf)
-
-    order = f.argsort(dim=-1, descending=True, stable=True)  # ties: the smaller token first
-    listed = torch.tensor([len(p.children or ()) for p in parents], device=device)
-    place = listed[:, None] + torch.arange(min(block, V), device=device)  # (n, block) ranks wanted
-    tokens = order.gather(1, place.clamp(max=V - 1))
-    columns = [x.gather(1, tokens) for x in (f, h, g, G, logp)]
-    columns += [tokens.double(), keys.gather(1, tokens).view(torch.float64)]
-    table = torch.stack(columns).cpu().numpy()  # (7, n, block): the one copy
-    if math.isnan(table[0].sum()) and any(map(math.isnan, table[0].ravel())):
+    best = f.argsort(dim=-1, descending=True, stable=True)[:, :block]
+    numbers = (f, h_child, g, G, step, tokens.view(torch.float64), child_keys.view(torch.float64), certain[:, None].double())
+    table = torch.stack([x.expand_as(f).gather(1, best) for x in numbers], dim=-1).cpu().numpy()  # the one copy
+    f = table[..., 0]
+    if (f != f).any():
         raise FloatingPointError("the search met NaN in the model's log-probabilities or in the value head")
-    floats = table[:5].transpose(1, 2, 0).tolist()
-    tokens, keys = table[5].astype(int).tolist(), table[6].view("int64").tolist()
-
-    rows, complete = [], []
-    for i, parent in enumerate(parents):
-        left = V - len(parent.children or ())
-        row = [(*floats[i][j], tokens[i][j], keys[i][j]) for j in range(min(block, left))]
-        rows.append([child for child in row if child[0] > -math.inf])
-        complete.append(len(rows[-1]) < block or left == block)
-    return rows, complete
+    if not table[..., 7].all():  # a tie, or too close to one
+        return best_children(logp, h, parents, tau, block, screen=False)
+    return table[..., :7]
 
 
 # ======================================================================================================= tree
@@ -159,19 +175,23 @@ class Node:
     rank: int = 0  # place among its siblings by f
     leaf: bool = False
     truncated: bool = False  # a leaf because max_new_tokens cut it, not by EOS
-    children: list | None = None  # best first; None until the node has been evaluated
+    children: object = None  # rows of best_children, best first; None until the node has been evaluated
     complete: bool = False  # children lists all of them
     slot: int | None = None  # where its K/V lies in the cache
     count: int = 1  # draws that ended here (sampling)
     weight: float = 1.0  # pi/q of an accepted leaf
 
+    def nodes(self):
+        """The nodes from the first token of the completion to this one, as a list."""
+        node, found = self, []
+        while node.parent is not None:
+            found.append(node)
+            node = node.parent
+        return found[::-1]
+
     def path(self):
         """Tokens of the completion up to here, as a list."""
-        node, tokens = self, []
-        while node.parent is not None:
-            tokens.append(node.token)
-            node = node.parent
-        return tokens[::-1]
+        return [node.token for node in self.nodes()]
 
     def end(self, options):
         """Mark the node as a leaf if its token ends the completion, or the limit cuts it there."""
@@ -203,7 +223,9 @@ class Tree:
         its next sibling: the queue stays short, and no child is ever out of reach."""
         if rank >= len(parent.children):
             return
-        f, h, g, G, logp, token, key = parent.children[rank]
+        row = parent.children[rank]
+        f, h, g, G, logp = row[:5].tolist()
+        token, key = row[5:].view("int64").tolist()
         node = Node(parent.problem, parent, token, parent.depth + 1, f, h, g, G, logp, key, rank)
         node.end(self.options)
         heapq.heappush(self.queue, (-f, node))
@@ -221,9 +243,11 @@ class Tree:
     def wanted(self):
         """What to evaluate in the next round: the best min(width, K - accepted) entries of the queue, so far as they
         lack something.  Speculation only: evaluating more than the head changes what is known, never what is popped."""
-        width = min(self.options.width, max(1, self.options.K - len(self.leaves)))
-        best = self.queue[:1] if width == 1 else heapq.nsmallest(width, self.queue)
-        return {id(node): node for _, entry in best for node in self.missing(entry)}.values()
+        width = min(self.options.width, max(1, self.options.K - len(self.leaves)), len(self.queue))
+        best = [heapq.heappop(self.queue) for _ in range(width)]
+        for entry in best:
+            heapq.heappush(self.queue, entry)
+        return dict.fromkeys(node for _, entry in best for node in self.missing(entry))  # a set in a fixed order
 
     def advance(self):
         """Replay the width-1 search as far as it is evaluated: while the head of the queue is known, pop it; a leaf is
@@ -316,10 +340,11 @@ def search(keys, expand, options, kind=Tree):
         if not nodes:
             break
         logp, h = expand(nodes)  # one round: one forward, one copy to the host
-        rows, complete = best_children(logp, h, nodes, options.tau, options.K + 1)
-        for node, row, last in zip(nodes, rows, complete):
-            node.children = (node.children or []) + row
-            node.complete = last
+        # K + 1 children are enough under a constant h; a node that is asked again gets as many more.
+        block = options.K + 1 + max(0 if node.children is None else len(node.children) for node in nodes)
+        table = best_children(logp, h, [(node.g, node.G, node.key) for node in nodes], options.tau, block)
+        for node, rows, n in zip(nodes, table, (table[..., 0] > -math.inf).sum(axis=1).tolist()):
+            node.children, node.complete = rows[:n], n < block or n == logp.shape[1]
         for tree in trees:
             if not tree.stopped:
                 tree.advance()
@@ -340,43 +365,31 @@ def sample(keys, expand, options, greedy=False):
     """
     trees = [Tree(row, key, options) for row, key in enumerate(keys)]
     K = 1 if greedy else options.K
-    chains = torch.tensor(keys, dtype=torch.int64)[:, None]  # (N, 1)
-    chain_keys = mix64(chains, -2 - torch.arange(K)).view(-1)  # (N * K,)
+    chains = mix64(torch.tensor(keys, dtype=torch.int64)[:, None], -2 - torch.arange(K)).view(-1).tolist()  # their keys
     at = [tree.root for tree in trees for _ in range(K)]  # the node where each chain is
-    children = {}  # (id of parent, token) -> Node
+    children = {}  # (parent, token) -> Node
     while at:
-        nodes = list({id(node): node for node in at}.values())
-        row_of = {id(node): row for row, node in enumerate(nodes)}
-        logp, _ = expand(nodes)
-        rows = torch.tensor([row_of[id(node)] for node in at], device=logp.device)
-        logp = logp[rows].double()  # (chains, V)
-        keys_next = mix64(chain_keys.to(logp.device)[:, None], torch.arange(logp.shape[1], device=logp.device))
-        # the Gumbel-max trick: argmax of log pi(a|s) + Gumbel is a draw from pi(.|s)
-        tokens = (logp if greedy else logp + gumbel(keys_next)).argmax(dim=-1, keepdim=True)
-        chosen = torch.stack([tokens.double(), logp.gather(1, tokens)]).squeeze(-1).cpu()
-        chain_keys = keys_next.gather(1, tokens).view(-1).cpu()
-        if chosen.isnan().any():
-            raise FloatingPointError("sampling met NaN in the model's log-probabilities")
-
-        still = []  # chains that go on
-        for chain, (token, step) in enumerate(zip(chosen[0].long().tolist(), chosen[1].tolist())):
-            parent = at[chain]
-            node = children.get((id(parent), token))
+        rows = {node: row for row, node in enumerate(dict.fromkeys(at))}
+        logp, h = expand(list(rows))
+        mine = torch.tensor([rows[node] for node in at], device=logp.device)
+        # the Gumbel-max trick: argmax of log pi(a|s) + Gumbel is a draw from pi(.|s); the best child, if h is constant
+        best = best_children(logp[mine], torch.zeros_like(h[mine, :1]), [(0.0, 0.0, key) for key in chains], 1 - greedy, 1)[:, 0]
+        still = []  # chains that go on: where they are, their keys
+        for parent, step, (token, key) in zip(at, best[:, 4].tolist(), best[:, 5:].view("int64").tolist()):
+            node = children.get((parent, token))
             if node is None:
                 g = parent.g + step
                 node = Node(parent.problem, parent, token, parent.depth + 1, g, 0.0, g, g, step, key=0, count=0)
                 node.end(options)
-                children[id(parent), token] = node
+                children[parent, token] = node
                 if node.leaf:
                     trees[node.problem].leaves.append(node)
             if node.leaf:
                 node.count += 1
                 node.weight = node.count / K
             else:
-                still.append(chain)
-                at[chain] = node
-        chain_keys = chain_keys[still]
-        at = [at[chain] for chain in still]
+                still.append((node, key))
+        at, chains = zip(*still) if still else ((), ())
     for tree in trees:
         tree.stopped = "sampled"
         tree.mass = sum(math.exp(leaf.g) for leaf in tree.leaves)
@@ -384,6 +397,15 @@ def sample(keys, expand, options, greedy=False):
 
 
 # ============================================================================= the KV-cached language model
+
+
+def with_room(table, rows):
+    """The table (rows, ...) if it is long enough, else a copy that is twice as long as asked: growing stays cheap."""
+    if len(table) >= rows:
+        return table
+    grown = table.new_zeros(max(2 * rows, 1024), *table.shape[1:])
+    grown[: len(table)] = table
+    return grown
 
 
 class NodeCache(Cache):
@@ -397,7 +419,7 @@ class NodeCache(Cache):
 
     def __init__(self):
         super().__init__(layers=[])
-        self.tables = {}  # layer -> (rows, H * (D_k + D_v))
+        self.tables = {}  # (layer, "K" or "V") -> (rows, H * D)
         self.rows = 1
         self.write = self.read = None  # (n, T) and (n, L) rows
 
@@ -407,27 +429,19 @@ class NodeCache(Cache):
         return range(start, self.rows)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """What each layer's attention calls: new K and V (n, H, T, D) are written, K and V of `read` (n, H, L, D) returned."""
-        n, H, T, D = key_states.shape
-        new = torch.cat([key_states, value_states], dim=-1).transpose(1, 2).reshape(n * T, -1)  # (n*T, H*(Dk+Dv))
-        table = self.tables.get(layer_idx)
-        if table is None or table.shape[0] < self.rows:  # grow by doubling
-            grown = new.new_zeros(max(2 * self.rows, 1024), new.shape[1])
-            if table is not None:
-                grown[: table.shape[0]] = table
-            table = self.tables[layer_idx] = grown
-        table.index_copy_(0, self.write.reshape(-1), new)
-        L = self.read.shape[1]
-        both = table.index_select(0, self.read.reshape(-1)).view(n, L, H, -1).transpose(1, 2)  # (n, H, L, Dk+Dv)
-        return both[..., :D], both[..., D:]
+        """What each layer's attention calls: new K and V (n, H, T, D) are written, those of `read` (n, H, L, D) returned."""
+        found = []
+        for name, new in (("K", key_states), ("V", value_states)):
+            n, H, T, D = new.shape
+            table = self.tables.get((layer_idx, name), new.new_zeros(0, H * D))
+            table = self.tables[layer_idx, name] = with_room(table, self.rows)
+            table.index_copy_(0, self.write.reshape(-1), new.transpose(1, 2).reshape(n * T, H * D))
+            found.append(table.index_select(0, self.read.reshape(-1)).view(n, -1, H, D).transpose(1, 2))
+        return found
 
     def get_seq_length(self, layer_idx=0):
         """Always 0: positions and masks are given explicitly, nothing may be derived from a length."""
         return 0
-
-    def get_mask_sizes(self, *args, **kwargs):
-        """Never asked by a model that takes the mask it is given: ValueError."""
-        raise ValueError("this model builds its own attention mask from the cache")
 
 
 class Expander:
@@ -441,13 +455,13 @@ class Expander:
     def __init__(self, model, prompts, max_new_tokens, value=None):
         self.backbone, self.lm_head, self.device = model.base_model, model.get_output_embeddings(), model.device
         self.dtype = next(model.parameters()).dtype
-        self.value = value
-        self.prompts = prompts
+        self.value, self.prompts = value, prompts
         self.span = max(map(len, prompts), default=1) + max_new_tokens  # longest path in tokens
         self.cache = NodeCache()
         # By row of the cache: the rows of the path that ends here, by position (0 beyond), the last hidden state, V.
         self.ancestors = torch.zeros(0, self.span, dtype=torch.int64, device=self.device)
-        self.hidden, self.values = None, torch.zeros(0, device=self.device)
+        self.hidden = torch.zeros(0, self.lm_head.weight.shape[1], dtype=self.dtype, device=self.device)
+        self.values = torch.zeros(0, device=self.device)
         self.forwards, self.spent = 0, [0] * len(prompts)  # model tokens run for each problem
 
     @property
@@ -459,12 +473,9 @@ class Expander:
     def __call__(self, nodes):
         """Returns log pi(.|s) (n, V) float32 and h(s) (n, 1): every child inherits the h of its parent."""
         fresh = [node for node in nodes if node.slot is None]
-        roots = [node for node in fresh if node.parent is None]
-        inner = [node for node in fresh if node.parent is not None]
-        if roots:
-            self._prefill(roots)
-        if inner:
-            self._decode(inner)
+        for some in ([node for node in fresh if node.parent is None], [node for node in fresh if node.parent]):
+            if some:
+                self._run(some)
         slots = torch.tensor([node.slot for node in nodes], device=self.device)
         hidden = self.hidden[slots]
         logp = F.log_softmax(self.lm_head(hidden).float(), dim=-1)
@@ -474,70 +485,39 @@ class Expander:
         self.values[slots] = V.float()
         return logp, h[:, None]
 
-    def _grow(self, hidden_size):
-        """Room for the rows that the cache has given out, by doubling."""
-        have, need = self.ancestors.shape[0], self.cache.rows
-        if have >= need:
-            return
-        more = 2 * need - have
-        if self.hidden is None:
-            self.hidden = torch.zeros(0, hidden_size, dtype=self.dtype, device=self.device)
-        self.ancestors, self.hidden = (F.pad(table, (0, 0, 0, more)) for table in (self.ancestors, self.hidden))
-        self.values = F.pad(self.values, (0, more))
+    def _run(self, nodes):
+        """Run what each node adds to its parent's path: a root its prompt (padded on the right), another its token."""
+        added = [[node.token] if node.parent else self.prompts[node.problem] for node in nodes]
+        rows = [self.cache.reserve(len(tokens)) for tokens in added]
+        for node, own in zip(nodes, rows):
+            node.slot = own[-1]
+            self.spent[node.problem] += len(own)
+        starts = [len(self.prompts[node.problem]) + node.depth - 1 if node.parent else 0 for node in nodes]
+        facts = [(node.parent.slot if node.parent else 0, start, len(own) - 1) for node, start, own in zip(nodes, starts, rows)]
+        self.ancestors, self.hidden, self.values = (
+            with_room(table, self.cache.rows) for table in (self.ancestors, self.hidden, self.values)
+        )
 
-    def _forward(self, tokens, positions, visible):
-        """tokens, positions (n, T), visible (n, T, L) bool -> last hidden states (n, T, D)."""
-        # An additive float mask: eager attention adds it, SDPA takes it, and neither may guess from is_causal.
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
-        self.forwards += 1
-        return self.backbone(
+        T = max(map(len, added))
+        padded = lambda lists: torch.tensor([[*x, *[0] * (T - len(x))] for x in lists], device=self.device)
+        tokens, write = padded(added), padded(rows)  # (n, T)
+        parent, start, last = torch.tensor(facts, device=self.device).T
+        positions = start[:, None] + torch.arange(T, device=self.device)
+        path = self.ancestors[parent].scatter_(1, positions, write)  # (n, span)
+        L = max(starts) + T
+        self.cache.write, self.cache.read = write, path[:, :L]
+        # Each token sees its path and itself; padding lies to the right of all that count.  An additive float mask:
+        # eager attention adds it, SDPA takes it, and neither may guess from is_causal.
+        hidden_from = torch.arange(L, device=self.device) > positions[:, :, None]  # (n, T, L)
+        mask = torch.zeros(hidden_from.shape, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(hidden_from, torch.finfo(self.dtype).min)
+        out = self.backbone(
             input_ids=tokens, position_ids=positions, attention_mask=mask[:, None],  # (n, 1, T, L)
             past_key_values=self.cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
-
-    def _prefill(self, roots):
-        """Run the prompts, padded on the right, each once; a root's slot is the row of its last prompt token."""
-        prompts = [self.prompts[root.problem] for root in roots]
-        n, P = len(prompts), max(map(len, prompts))
-        tokens, rows = torch.zeros(n, P, dtype=torch.int64), torch.zeros(n, P, dtype=torch.int64)
-        for i, (root, prompt) in enumerate(zip(roots, prompts)):
-            own = self.cache.reserve(len(prompt))
-            tokens[i, : len(prompt)] = torch.tensor(prompt)
-            rows[i, : len(prompt)] = torch.tensor(own)
-            root.slot = own[-1]
-            self.spent[root.problem] += len(prompt)
-        tokens, rows = tokens.to(self.device), rows.to(self.device)
-        self.cache.write = self.cache.read = rows
-        positions = torch.arange(P, device=self.device).expand(n, P)
-        visible = positions[:, None, :] <= positions[:, :, None]  # causal; padding lies to the right of all that count
-        out = self._forward(tokens, positions, visible)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        slots = torch.tensor([root.slot for root in roots], device=self.device)
-        self._grow(out.shape[-1])
-        self.ancestors[slots, :P] = rows
-        self.hidden[slots] = out[torch.arange(n, device=self.device), last]
-
-    def _decode(self, nodes):
-        """Run one token a node, each attending to its own ancestors and itself."""
-        n, rows = len(nodes), self.cache.reserve(len(nodes))
-        for node, row in zip(nodes, rows):
-            node.slot = row
-            self.spent[node.problem] += 1
-        facts = [
-            (node.token, node.slot, node.parent.slot, len(self.prompts[node.problem]) + node.depth - 1)
-            for node in nodes
-        ]
-        token, slot, parent, position = torch.tensor(facts, device=self.device).unbind(1)
-        self._grow(self.hidden.shape[1])
-        path = self.ancestors[parent]
-        path[torch.arange(n, device=self.device), position] = slot
-        self.ancestors[slot] = path
-        L = max(fact[3] for fact in facts) + 1
-        self.cache.write, self.cache.read = slot[:, None], path[:, :L]
-        visible = torch.arange(L, device=self.device) <= position[:, None]  # (n, L)
-        out = self._forward(token[:, None], position[:, None], visible[:, None])
-        self.hidden[slot] = out[:, 0]
+        self.forwards += 1
+        slot, each = write.gather(1, last[:, None])[:, 0], torch.arange(len(nodes), device=self.device)
+        self.ancestors[slot], self.hidden[slot] = path, out[each, last]
 
 
 def check_model(model):
@@ -553,29 +533,22 @@ def check_model(model):
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise ValueError(f"{refuse}: it has layers of {', '.join(sorted(kinds))}, not full attention")
-    accepted = inspect.signature(model.base_model.forward).parameters
-    lacking = [name for name in ("position_ids", "attention_mask", "past_key_values") if name not in accepted]
-    if lacking or model.get_output_embeddings() is None:
-        raise ValueError(f"{refuse}: its forward takes no {', '.join(lacking) or 'output embeddings'}")
     was_training = model.training
     model.eval()
     try:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         ids = [(7 * i + 3) % vocabulary for i in range(6)]
-        expand = Expander(model, [ids[:3], ids[:2]], max_new_tokens=4)  # ragged on purpose
-        node = Node(0, None, -1, 0, 0, 0, 0, 0, 0, 0)
-        expand([node, Node(1, None, -1, 0, 0, 0, 0, 0, 0, 0)])
-        for depth, token in enumerate(ids[3:], start=1):
-            node = Node(0, node, token, depth, 0, 0, 0, 0, 0, 0)
-            logp, _ = expand([node])
+        expander = Expander(model, [ids[:4], ids[4:]], max_new_tokens=4)  # ragged on purpose
+        rollouts = collect(sample([1, 2], expander, Options(eos=(), K=2, max_new_tokens=4)), expander)
         with torch.no_grad():
-            full = F.log_softmax(model(torch.tensor([ids], device=model.device)).logits[0, -1].float(), dim=-1)
+            plain = F.log_softmax(model(rollouts.tokens.to(model.device)).logits[:, :-1].float(), dim=-1).cpu()
+        wrong = plain.gather(2, rollouts.tokens[:, 1:, None])[..., 0] - rollouts.logprobs
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{refuse}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
     finally:
         model.train(was_training)
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
-    if not (logp[0] - full).abs().max() < tolerance:
+    if not wrong[rollouts.mask].abs().max() < tolerance:
         raise ValueError(f"{refuse}: its logits with the search's cache and mask differ from those of a plain forward")
 
 
@@ -610,16 +583,17 @@ class Rollouts:
     def __len__(self):
         return self.tokens.shape[0]
 
+    def columns(self):
+        """{name: tensor} of what has a row a rollout, without `extra`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("extra", "stats")}
+
     def select(self, rows, device="cpu"):
         """The rollouts of these rows, cut to their longest, on a device."""
         T = int(self.length[rows].max())
-
-        def cut(name, x):
-            x = x[rows]
-            return (x[:, : T if name == "tokens" else T - 1] if x.ndim == 2 else x).to(device)
-
-        columns = {f.name: cut(f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("extra", "stats")}
-        return Rollouts(**columns, extra={name: cut(name, x) for name, x in self.extra.items()}, stats=self.stats)
+        cut = lambda columns, T: {name: (x[rows, :T] if x.ndim == 2 else x[rows]).to(device) for name, x in columns.items()}
+        part = Rollouts(**cut(self.columns(), T - 1), extra=cut(self.extra, T - 1), stats=self.stats)
+        part.tokens = self.tokens[rows, :T].to(device)
+        return part
 
     def completions(self):
         """Token ids of each completion, EOS included, as lists."""
@@ -629,66 +603,55 @@ class Rollouts:
 
 def collect(trees, expander, pad=0):
     """Trees of search or sample -> Rollouts on the CPU, problem by problem, leaves in the order accepted."""
-    leaves = [leaf for tree in trees for leaf in tree.leaves]
-    paths = []  # of each leaf, its nodes without the root
-    for leaf in leaves:
-        nodes, node = [], leaf
-        while node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        paths.append(nodes[::-1])
-    prompts = [expander.prompts[leaf.problem] for leaf in leaves]
-    B = len(leaves)  # may be 0: a search can end within its bounds without a leaf
-    T = max((len(prompt) + len(path) for prompt, path in zip(prompts, paths)), default=expander.span)
-    tokens = torch.full((B, T), pad, dtype=torch.int64)
-    logprobs, slots = torch.zeros(B, T - 1), torch.zeros(B, T - 1, dtype=torch.int64)
-    for i, (prompt, path) in enumerate(zip(prompts, paths)):
-        P = len(prompt)
-        tokens[i, : P + len(path)] = torch.tensor(prompt + [node.token for node in path])
-        logprobs[i, P - 1 : P - 1 + len(path)] = torch.tensor([node.logp for node in path])
-        slots[i, P - 1 : P - 1 + len(path)] = torch.tensor([node.parent.slot for node in path])
-    per_leaf = lambda values, dtype=torch.float32: torch.tensor(values, dtype=dtype)
+    leaves = [leaf for tree in trees for leaf in tree.leaves]  # may be none: a search can end within its bounds without
+    paths, prompts = [leaf.nodes() for leaf in leaves], [expander.prompts[leaf.problem] for leaf in leaves]
+    T = max((len(prompt) + leaf.depth for prompt, leaf in zip(prompts, leaves)), default=expander.span)
+
+    def column(fact, dtype=torch.float32):
+        return torch.tensor(list(map(fact, leaves)), dtype=dtype)
+
+    def grid(width, before, fact, after=0, dtype=torch.float32):
+        """(B, width): what comes `before`, of each prompt, then a fact of each node of the path, then padding."""
+        rows = [[*before(prompt), *map(fact, path)] for prompt, path in zip(prompts, paths)]
+        return torch.tensor([row + [after] * (width - len(row)) for row in rows], dtype=dtype).view(len(rows), width)
+
+    blank = lambda prompt: [0] * (len(prompt) - 1)
+    slots = grid(T - 1, blank, lambda node: node.parent.slot, dtype=torch.int64)
+    prompt_length = column(lambda leaf: len(expander.prompts[leaf.problem]), torch.int64)
     return Rollouts(
-        tokens=tokens,
-        prompt_length=per_leaf([len(prompt) for prompt in prompts], torch.int64),
-        length=per_leaf([len(prompt) + len(path) for prompt, path in zip(prompts, paths)], torch.int64),
-        problem=per_leaf([leaf.problem for leaf in leaves], torch.int64),
-        logprobs=logprobs,
+        tokens=grid(T, list, lambda node: node.token, pad, torch.int64),
+        prompt_length=prompt_length,
+        length=prompt_length + column(lambda leaf: leaf.depth, torch.int64),
+        problem=column(lambda leaf: leaf.problem, torch.int64),
+        logprobs=grid(T - 1, blank, lambda node: node.logp),
         values=expander.values.cpu()[slots] * (slots > 0),
-        log_pi=per_leaf([leaf.g for leaf in leaves]),
-        weight=per_leaf([leaf.weight for leaf in leaves]),
-        count=per_leaf([leaf.count for leaf in leaves], torch.int64),
-        f=per_leaf([leaf.f for leaf in leaves]),
-        truncated=per_leaf([leaf.truncated for leaf in leaves], torch.bool),
+        log_pi=column(lambda leaf: leaf.g),
+        weight=column(lambda leaf: leaf.weight),
+        count=column(lambda leaf: leaf.count, torch.int64),
+        f=column(lambda leaf: leaf.f),
+        truncated=column(lambda leaf: leaf.truncated, torch.bool),
         stats={
             "model_tokens": expander.model_tokens,
             "forwards": expander.forwards,
             "pops": sum(tree.pops for tree in trees),
-            "mass": sum(tree.mass for tree in trees) / max(1, len(trees)),
-            "stopped": dict(Counter(tree.stopped for tree in trees)),
+            "mass": sum(tree.mass for tree in trees),
             "pruned": sum(tree.pruned for tree in trees),
+            "stopped": Counter(tree.stopped for tree in trees),
         },
     )
 
 
 def join(parts):
-    """One Rollouts from several, padded to their longest; counts in stats are added."""
+    """One Rollouts from several, padded to their longest; stats are added up."""
     T = max(part.tokens.shape[1] for part in parts)
-
-    def column(name):
-        rows = [getattr(part, name) for part in parts]
+    joined = {}
+    for name in parts[0].columns():
+        rows = [part.columns()[name] for part in parts]
         if rows[0].ndim == 2:
-            length = T if name == "tokens" else T - 1
-            rows = [F.pad(row, (0, length - row.shape[1])) for row in rows]
-        return torch.cat(rows)
-
-    stats = {name: sum(part.stats[name] for part in parts) for name in ("model_tokens", "forwards", "pops", "pruned")}
-    trees = [sum(part.stats["stopped"].values()) for part in parts]
-    stats["mass"] = sum(part.stats["mass"] * n for part, n in zip(parts, trees)) / max(1, sum(trees))
-    stats["stopped"] = dict(sum((Counter(part.stats["stopped"]) for part in parts), Counter()))
-    return Rollouts(
-        **{f.name: column(f.name) for f in fields(Rollouts) if f.name not in ("extra", "stats")}, stats=stats
-    )
+            rows = [F.pad(row, (0, (T if name == "tokens" else T - 1) - row.shape[1])) for row in rows]
+        joined[name] = torch.cat(rows)
+    add = lambda name: sum((part.stats[name] for part in parts), type(parts[0].stats[name])())
+    return Rollouts(**joined, stats={name: add(name) for name in parts[0].stats})
 
 
 # ======================================================================================================= demo
@@ -705,63 +668,57 @@ def main(argv=()):
     deeper = (0.1, 0.3, 0.6)
     reward = lambda text: 1.0 if text.startswith("bb") else -1.0
     name = lambda node: "".join(letters[token] for token in node.path())
+    zero = lambda text: 0.0
 
     def leaves_below(text):
         """Every completion below a prefix with its log pi from there."""
         if text.endswith(".") or len(text) == 3:
             return {text: 0.0}
-        found = {}
-        for letter, chance in zip(letters, pi.get(text, deeper)):
-            for leaf, logp in leaves_below(text + letter).items():
-                found[leaf] = math.log(chance) + logp
-        return found
+        return {leaf: math.log(chance) + logp for letter, chance in zip(letters, pi.get(text, deeper))
+                for leaf, logp in leaves_below(text + letter).items()}  # fmt: skip
 
     def exact_h(text):  # h(s) = log E_pi[exp(r/beta) | s]
         return math.log(sum(math.exp(logp + reward(leaf) / beta) for leaf, logp in leaves_below(text).items()))
 
-    def expand_with(guide, opened):
+    def run(guide, tau, problems=1):
+        """Searches by h = guide(text).  Returns the trees and the nodes in the order in which they were opened."""
+        opened = []
+
         def expand(nodes):
             opened.extend(nodes)
-            logp = [[math.log(p) for p in pi.get(name(node), deeper)] for node in nodes]
             h = [[guide(name(node) + letter) for letter in letters] for node in nodes]
-            return torch.tensor(logp, dtype=torch.float64), torch.tensor(h, dtype=torch.float64)
+            return torch.tensor([pi.get(name(node), deeper) for node in nodes]).double().log(), torch.tensor(h).double()
 
-        return expand
+        options = Options(eos=(eos,), K=4, tau=tau, max_new_tokens=3)
+        return search(root_keys(0, 0, range(problems)), expand, options), opened
 
     def show(title, guide, tau):
-        opened = []
-        options = Options(eos=(eos,), K=4, tau=tau, max_new_tokens=3)
-        tree = search(root_keys(0, 0, [0]), expand_with(guide, opened), options)[0]
+        """The search of one problem, printed.  Returns its leaves, and their texts."""
+        (tree,), opened = run(guide, tau)
         print(f"\n{title}\n        prefix     g      G      h      f")
         for verb, nodes in (("open", opened), ("leaf", tree.leaves)):
             for i, node in enumerate(nodes, start=1):
                 numbers = "".join(f"{x:7.2f}" for x in (node.g, node.G, node.h, node.f))
                 print(f"{verb} {i}  {name(node) or '(root)':6s}{numbers}")
-        return tree
+        return tree.leaves, list(map(name, tree.leaves))
 
     every = leaves_below("")
-    print(
-        "pi(.|s):  " + "   ".join(f"{s or '(root)'}: a {p[0]} b {p[1]} . {p[2]}" for s, p in pi.items()),
-        f"  else: {deeper}",
-    )
+    optimal = {text: logp + reward(text) / beta for text, logp in every.items()}
+    for s, (a, b, end) in (pi | {"else": deeper}).items():
+        print(f"pi(.|{s or '(root)'}): a {a} b {b} . {end}")
     print(f"reward: 1 below bb, -1 elsewhere; beta = 1; {len(every)} completions of at most 3 tokens")
 
-    tree = show("h = 0, tau = 0: the most probable completions first, right or wrong", lambda text: 0.0, tau=0.0)
-    assert [name(leaf) for leaf in tree.leaves] == sorted(every, key=every.get, reverse=True)[:4]
-
-    tree = show("exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0)
-    optimal = {text: logp + reward(text) / beta for text, logp in every.items()}
-    assert [name(leaf) for leaf in tree.leaves] == sorted(every, key=optimal.get, reverse=True)[:4]
-
-    tree = show("h = 0, tau = 1: four draws from pi without replacement; f = G", lambda text: 0.0, tau=1.0)
-    print(f"their weights pi/q: {[round(leaf.weight, 3) for leaf in tree.leaves]}")
+    _, texts = show("h = 0, tau = 0: the most probable completions first, right or wrong", zero, tau=0.0)
+    assert texts == sorted(every, key=every.get, reverse=True)[:4]
+    _, texts = show("exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0)
+    assert texts == sorted(every, key=optimal.get, reverse=True)[:4]
+    leaves, _ = show("h = 0, tau = 1: four draws from pi without replacement; f = G", zero, tau=1.0)
+    print(f"their weights pi/q: {[round(leaf.weight, 3) for leaf in leaves]}")
 
     # What the weights are for, asserted: sum of (pi/q) r over the leaves is E_pi[r] on average.
-    options = Options(eos=(eos,), K=4, max_new_tokens=3)
-    trees = search(root_keys(0, 0, range(2000)), expand_with(lambda text: 0.0, []), options)
+    trees, _ = run(zero, 1.0, problems=2000)
     estimates = torch.tensor([sum(leaf.weight * reward(name(leaf)) for leaf in tree.leaves) for tree in trees])
-    exact = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items())
-    error = estimates.std() / len(trees) ** 0.5
+    exact, error = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items()), estimates.std() / len(trees) ** 0.5
     print(f"E_pi[r] by 2000 such searches: {estimates.mean():.3f} +- {error:.3f}, by enumeration: {exact:.3f}")
     assert abs(estimates.mean() - exact) < 4 * error
 

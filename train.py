@@ -595,7 +595,7 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
         "rollout_accuracy": add(correct),
         "unique_correct": len({(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}),
         "leaves": len(rollouts),
-        "mass": stats["mass"] * len(problems),
+        "mass": stats["mass"],
         "truncated": add(rollouts.truncated),
         "completion_length": add(rollouts.length - rollouts.prompt_length),
     }
