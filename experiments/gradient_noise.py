@@ -89,7 +89,7 @@ def main():
     for name, changes in SETTINGS.items():
         if "head" in name and guided is None:
             continue
-        config = train.Config(**changes, micro_batch=256, rollout_batch=SIZE)
+        config = train.Config(**train.PPO | changes | dict(micro_batch=256, rollout_batch=SIZE))
         g, tokens, right = gradients(model, tokenizer, guided if "head" in name else unguided, problems, keys, config)
         products = g.double() @ g.double().T
         per_batch = tokens / args.batches

@@ -150,7 +150,7 @@ def dry_run(config, gpu_memory=None):
 
 SIZES = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
              vocab_size=49152, tie_word_embeddings=True, eos_token_id=2)  # fmt: skip
-FLAGS = "--device cpu --problems-per-iteration 4 --max-new-tokens 100 --max-nodes 250 --minibatches 1 --eval-problems 1"
+FLAGS = "--config ppo --device cpu --problems-per-iteration 4 --max-new-tokens 100 --max-nodes 250 --minibatches 1 --eval-problems 1"
 SETTINGS = {
     "float32": "--micro-batch 8",
     "float32, checkpointed": "--micro-batch 16 --gradient-checkpointing on",

@@ -27,7 +27,7 @@ def main():
     parser.add_argument("--model", default=str(ROOT / "tiny_base"))
     parser.add_argument("--problems", type=int, default=1024)
     args = parser.parse_args()
-    config = train.Config()
+    config = train.Config(**train.PPO)
     problems = [data.train_problem(0, 1, i, config.digits, config.prompt) for i in range(args.problems)]
     for dtype in (torch.float64, torch.float32):
         model, tokenizer = policy.load_policy(args.model, dtype)

@@ -2,7 +2,7 @@
 
     pip install -r experiments/requirements.txt
     python experiments/plot.py runs/local runs/sample --x seconds --png curves.png
-    python experiments/plot.py experiments/main_job/seed?.jsonl    # a run's folder, or its metrics.jsonl
+    python experiments/plot.py experiments/main_job/ppo_seed?.jsonl    # a run's folder, or its metrics.jsonl
 """
 
 import argparse

@@ -21,8 +21,10 @@ import train
 import value as value_module
 
 out = sys.argv[1]
-config = train.Config(problems_per_iteration=7, rollouts_per_problem=3, max_new_tokens=12, micro_batch=4, minibatches=1,
-                      learning_rate=1.0, value_learning_rate=1.0, warmup=0, grad_clip=1e9, iterations=10**9)  # fmt: skip
+config = train.Config(**train.PPO | dict(
+    problems_per_iteration=7, rollouts_per_problem=3, max_new_tokens=12, micro_batch=4, minibatches=1,
+    learning_rate=1.0, value_learning_rate=1.0, warmup=0, grad_clip=1e9, iterations=10**9,
+))  # fmt: skip
 ranks = fsdp.start("WORLD_SIZE" in os.environ, "cpu")
 model, tokenizer = policy.load_policy(config.model, torch.float64)
 torch.manual_seed(0)

@@ -19,8 +19,9 @@ import train
 from conftest import finish, launch, rows, tensors, timeless
 
 ROOT = pathlib.Path(train.__file__).parent
-SMALL = ["--problems-per-iteration", "5", "--rollouts-per-problem", "3", "--eval-problems", "5", "--max-new-tokens", "14",
-         "--device", "cpu", "--checkpoint-every", "1", "--keep-checkpoints", "9", "--samples", "2", "--minibatches", "2"]  # fmt: skip
+SMALL = ["--config", "ppo", "--problems-per-iteration", "5", "--rollouts-per-problem", "3", "--eval-problems", "5",
+         "--max-new-tokens", "14", "--device", "cpu", "--checkpoint-every", "1", "--keep-checkpoints", "9",
+         "--samples", "2", "--minibatches", "2"]  # fmt: skip
 
 
 def flags(folder, *more, ranks=1, iterations=4):

@@ -12,8 +12,8 @@ import train
 from conftest import rows
 
 ROOT = pathlib.Path(train.__file__).parent
-SMALL = ["--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6", "--max-new-tokens", "14",
-         "--device", "cpu", "--checkpoint-every", "1"]  # fmt: skip
+SMALL = ["--config", "ppo", "--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6",
+         "--max-new-tokens", "14", "--device", "cpu", "--checkpoint-every", "1"]  # fmt: skip
 WANDB = """
 import json, os
 

@@ -20,8 +20,8 @@ from conftest import rows
 ROOT = pathlib.Path(train.__file__).parent
 OWN = ROOT / "experiments" / "own_task"
 REWARD = ["--reward", f"{OWN / 'reward.py'}:reward"]
-SMALL = ["--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6", "--max-new-tokens", "14",
-         "--device", "cpu", "--checkpoint-every", "1"]  # fmt: skip
+SMALL = ["--config", "ppo", "--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6",
+         "--max-new-tokens", "14", "--device", "cpu", "--checkpoint-every", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ def test_a_run_is_a_folder_or_a_file(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"iteration": 2, "rew')
     assert plot.read(str(tmp_path / "mine") + "/") == plot.read(str(tmp_path / "mine" / "metrics.jsonl")) == ("mine", [row])
-    name, rows = plot.read(str(ROOT / "experiments" / "main_job" / "seed1.jsonl"))
+    name, rows = plot.read(str(ROOT / "experiments" / "main_job" / "ppo_seed1.jsonl"))
     assert name == "seed1" and len(rows) == 91
 
 
 def test_the_committed_runs_hold_every_curve():
     """Guards against a metric that was renamed and whose panel would be empty."""
-    _, rows = plot.read(str(ROOT / "experiments" / "main_job" / "seed0.jsonl"))
+    _, rows = plot.read(str(ROOT / "experiments" / "main_job" / "ppo_seed0.jsonl"))
     for key in [metric for _, metric in plot.PANELS] + [key for key, _, _ in plot.X.values()]:
         assert sum(row.get(key) is not None for row in rows) >= 10, key
 
@@ -51,5 +51,5 @@ def test_two_runs_on_one_page(tmp_path, capsys):
              for i in range(4)]  # fmt: skip
     (tmp_path / "flat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for x in plot.X:
-        plot.main([str(tmp_path / "flat.jsonl"), str(ROOT / "experiments/main_job/seed0.jsonl"), "--x", x, "--png", str(tmp_path / f"{x}.png")])
+        plot.main([str(tmp_path / "flat.jsonl"), str(ROOT / "experiments/main_job/ppo_seed0.jsonl"), "--x", x, "--png", str(tmp_path / f"{x}.png")])
         assert (tmp_path / f"{x}.png").read_bytes().startswith(b"\x89PNG")

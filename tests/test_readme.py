@@ -117,13 +117,14 @@ def test_the_snippets_run_as_they_stand(number, tmp_path):
         assert [text.startswith("34*12=<think>") for _, text in texts] == [False, False, True, True]
 
 
-def test_the_quick_preset_is_spelled_out():
+def test_the_short_presets_are_spelled_out():
     """Guards against a preset that says one thing and does another."""
     import train
 
-    (line,) = re.findall(r"^`--config local` .*", README, re.MULTILINE)
-    told = dict(re.findall(r"`--([\w-]+) ([^`]+)`", line.split("`quick` (")[1].split(")")[0]))
-    assert told == {name.replace("_", "-"): str(x) for name, x in train.PRESETS["quick"].items()}
+    for preset in ("quick", "ppo"):
+        (text,) = re.findall(rf"^- `{preset}`: (.*?)\.$", README, re.MULTILINE | re.DOTALL)
+        told = dict(re.findall(r"`--([\w-]+) ([^`]+)`", text))
+        assert told == {name.replace("_", "-"): str(x) for name, x in train.PRESETS[preset].items()}
 
 
 def test_every_flag_is_listed_with_its_defaults():

@@ -24,8 +24,8 @@ from conftest import rows, tensors, timeless
 from experiments import memory
 
 ROOT = pathlib.Path(train.__file__).parent
-SMALL = ["--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6", "--max-new-tokens", "14",
-         "--device", "cpu", "--checkpoint-every", "1", "--samples", "2"]  # fmt: skip
+SMALL = ["--config", "ppo", "--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6",
+         "--max-new-tokens", "14", "--device", "cpu", "--checkpoint-every", "1", "--samples", "2"]  # fmt: skip
 
 
 def run(folder, *flags, iterations=2):
