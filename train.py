@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -937,6 +938,7 @@ def main(argv=None):
             progress = {"model_tokens": model_tokens, "seconds": clock.seconds(), "reward_bounds": reward.bounds}
             return save_checkpoint(config, iteration, model, tokenizer, head, optimizers, progress, ranks)
 
+    gc.freeze()  # what is here stays: Python's collector, which the nodes of a search wake often, need not look at it
     bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None if ranks.is_main else True)
     saved, stopped, failure, signals = source, None, "", Signals(ranks)
     try:
