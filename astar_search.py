@@ -145,8 +145,9 @@ def best_children(logp, h, parents, tau, block, screen=True):
     f = G + h_child if tau == 1 else (1 - tau) * g + tau * G + h_child  # f = (1 - tau) g + tau G + h
     f = torch.where(g.isneginf(), -math.inf, f)  # impossible children (and no 0 * inf)
     best = f.argsort(dim=-1, descending=True, stable=True)[:, :block]
-    numbers = (f, h_child, g, G, step, tokens.view(torch.float64), child_keys.view(torch.float64), certain[:, None].double())
-    table = torch.stack([x.expand_as(f).gather(1, best) for x in numbers], dim=-1).cpu().numpy()  # the one copy
+    integers = torch.stack([tokens, child_keys]).view(torch.float64)
+    columns = (f, h_child, g, G, step, *integers, certain[:, None].expand_as(f).double())
+    table = torch.stack([x.gather(1, best) for x in columns], dim=-1).cpu().numpy()  # the one copy
     f = table[..., 0]
     if (f != f).any():
         raise FloatingPointError("the search met NaN in the model's log-probabilities or in the value head")
@@ -370,10 +371,11 @@ def sample(keys, expand, options, greedy=False):
     children = {}  # (parent, token) -> Node
     while at:
         rows = {node: row for row, node in enumerate(dict.fromkeys(at))}
-        logp, h = expand(list(rows))
+        logp, _ = expand(list(rows))
         mine = torch.tensor([rows[node] for node in at], device=logp.device)
-        # the Gumbel-max trick: argmax of log pi(a|s) + Gumbel is a draw from pi(.|s); the best child, if h is constant
-        best = best_children(logp[mine], torch.zeros_like(h[mine, :1]), [(0.0, 0.0, key) for key in chains], 1 - greedy, 1)[:, 0]
+        # the Gumbel-max trick: argmax of log pi(a|s) + Gumbel is a draw from pi(.|s); under h = 0 it is the best child
+        parents, h = [(0.0, 0.0, key) for key in chains], torch.zeros(len(at), 1, device=logp.device)
+        best = best_children(logp[mine], h, parents, 0 if greedy else 1, block=1)[:, 0]
         still = []  # chains that go on: where they are, their keys
         for parent, step, (token, key) in zip(at, best[:, 4].tolist(), best[:, 5:].view("int64").tolist()):
             node = children.get((parent, token))
@@ -400,10 +402,11 @@ def sample(keys, expand, options, greedy=False):
 
 
 def with_room(table, rows):
-    """The table (rows, ...) if it is long enough, else a copy that is twice as long as asked: growing stays cheap."""
+    """The table (rows, ...) if it is long enough, else a copy twice as long as asked, so that growing stays cheap; on a
+    CPU, what is not yet written takes no memory."""
     if len(table) >= rows:
         return table
-    grown = table.new_zeros(max(2 * rows, 1024), *table.shape[1:])
+    grown = table.new_empty(max(2 * rows, 1024), *table.shape[1:])
     grown[: len(table)] = table
     return grown
 
@@ -429,11 +432,11 @@ class NodeCache(Cache):
         return range(start, self.rows)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """What each layer's attention calls: new K and V (n, H, T, D) are written, those of `read` (n, H, L, D) returned."""
+        """What each layer's attention calls: writes new K and V (n, H, T, D), returns those of `read` (n, H, L, D)."""
         found = []
         for name, new in (("K", key_states), ("V", value_states)):
             n, H, T, D = new.shape
-            table = self.tables.get((layer_idx, name), new.new_zeros(0, H * D))
+            table = self.tables.get((layer_idx, name), new.new_zeros(1, H * D))
             table = self.tables[layer_idx, name] = with_room(table, self.rows)
             table.index_copy_(0, self.write.reshape(-1), new.transpose(1, 2).reshape(n * T, H * D))
             found.append(table.index_select(0, self.read.reshape(-1)).view(n, -1, H, D).transpose(1, 2))
@@ -459,9 +462,9 @@ class Expander:
         self.span = max(map(len, prompts), default=1) + max_new_tokens  # longest path in tokens
         self.cache = NodeCache()
         # By row of the cache: the rows of the path that ends here, by position (0 beyond), the last hidden state, V.
-        self.ancestors = torch.zeros(0, self.span, dtype=torch.int64, device=self.device)
-        self.hidden = torch.zeros(0, self.lm_head.weight.shape[1], dtype=self.dtype, device=self.device)
-        self.values = torch.zeros(0, device=self.device)
+        self.ancestors = torch.zeros(1, self.span, dtype=torch.int64, device=self.device)
+        self.hidden = torch.zeros(1, self.lm_head.weight.shape[1], dtype=self.dtype, device=self.device)
+        self.values = torch.zeros(1, device=self.device)
         self.forwards, self.spent = 0, [0] * len(prompts)  # model tokens run for each problem
 
     @property
@@ -479,21 +482,21 @@ class Expander:
         slots = torch.tensor([node.slot for node in nodes], device=self.device)
         hidden = self.hidden[slots]
         logp = F.log_softmax(self.lm_head(hidden).float(), dim=-1)
-        if self.value is None:
-            return logp, torch.zeros(len(nodes), 1, device=self.device)
-        V, h = self.value(hidden)
+        V, h = self.value(hidden) if self.value else torch.zeros(2, len(nodes), device=self.device)
         self.values[slots] = V.float()
         return logp, h[:, None]
 
     def _run(self, nodes):
         """Run what each node adds to its parent's path: a root its prompt (padded on the right), another its token."""
-        added = [[node.token] if node.parent else self.prompts[node.problem] for node in nodes]
-        rows = [self.cache.reserve(len(tokens)) for tokens in added]
-        for node, own in zip(nodes, rows):
-            node.slot = own[-1]
-            self.spent[node.problem] += len(own)
-        starts = [len(self.prompts[node.problem]) + node.depth - 1 if node.parent else 0 for node in nodes]
-        facts = [(node.parent.slot if node.parent else 0, start, len(own) - 1) for node, start, own in zip(nodes, starts, rows)]
+        added, rows, facts = [], [], []
+        for node in nodes:
+            prompt = self.prompts[node.problem]
+            added.append([node.token] if node.parent else prompt)
+            rows.append(self.cache.reserve(len(added[-1])))
+            start = len(prompt) + node.depth - 1 if node.parent else 0
+            facts.append((node.parent.slot if node.parent else 0, start, len(added[-1]) - 1))
+            node.slot = rows[-1][-1]
+            self.spent[node.problem] += len(added[-1])
         self.ancestors, self.hidden, self.values = (
             with_room(table, self.cache.rows) for table in (self.ancestors, self.hidden, self.values)
         )
@@ -504,7 +507,7 @@ class Expander:
         parent, start, last = torch.tensor(facts, device=self.device).T
         positions = start[:, None] + torch.arange(T, device=self.device)
         path = self.ancestors[parent].scatter_(1, positions, write)  # (n, span)
-        L = max(starts) + T
+        L = max(start for _, start, _ in facts) + T
         self.cache.write, self.cache.read = write, path[:, :L]
         # Each token sees its path and itself; padding lies to the right of all that count.  An additive float mask:
         # eager attention adds it, SDPA takes it, and neither may guess from is_causal.
@@ -590,10 +593,9 @@ class Rollouts:
     def select(self, rows, device="cpu"):
         """The rollouts of these rows, cut to their longest, on a device."""
         T = int(self.length[rows].max())
-        cut = lambda columns, T: {name: (x[rows, :T] if x.ndim == 2 else x[rows]).to(device) for name, x in columns.items()}
-        part = Rollouts(**cut(self.columns(), T - 1), extra=cut(self.extra, T - 1), stats=self.stats)
-        part.tokens = self.tokens[rows, :T].to(device)
-        return part
+        grid = lambda x: x[rows, : T if x is self.tokens else T - 1] if x.ndim == 2 else x[rows]
+        cut = lambda columns: {name: grid(x).to(device) for name, x in columns.items()}
+        return Rollouts(**cut(self.columns()), extra=cut(self.extra), stats=self.stats)
 
     def completions(self):
         """Token ids of each completion, EOS included, as lists."""
@@ -718,7 +720,8 @@ def main(argv=()):
     # What the weights are for, asserted: sum of (pi/q) r over the leaves is E_pi[r] on average.
     trees, _ = run(zero, 1.0, problems=2000)
     estimates = torch.tensor([sum(leaf.weight * reward(name(leaf)) for leaf in tree.leaves) for tree in trees])
-    exact, error = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items()), estimates.std() / len(trees) ** 0.5
+    exact = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items())
+    error = estimates.std() / len(trees) ** 0.5
     print(f"E_pi[r] by 2000 such searches: {estimates.mean():.3f} +- {error:.3f}, by enumeration: {exact:.3f}")
     assert abs(estimates.mean() - exact) < 4 * error
 

@@ -193,6 +193,30 @@ def test_perturb_survives_improbable_prefixes():
     assert G.isfinite().all() and G.max() == -890
 
 
+# ============================================================================================ large vocabularies
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale, unit", [(1.0, 0), (8.0, 0), (0.0, 0), (1.0, 0.25)])
+def test_a_large_vocabulary_has_the_children_of_a_full_sort(tau, scale, unit):
+    """Of 3,000 tokens few are looked at closely.  Flat, peaked, all equal, many equal; one row with few possible tokens.
+    Guards against a child that float32 loses, and against ties broken by whatever topk does."""
+    logits = scale * torch.randn(4, 3000, generator=torch.Generator().manual_seed(0))
+    logits = (logits / unit).round() * unit if unit else logits
+    logits[0, 5:] = -math.inf
+    logp, h = logits.log_softmax(-1), torch.full((4, 1), 0.7)
+    keys = root_keys(0, 0, range(4))
+    parents = [(g, g + gumbel(torch.tensor(key)).item(), key) for g, key in zip((0.0, -3.0, -40.0, -900.0), keys)]
+    found, full = (astar_search.best_children(logp, h, parents, tau, 9, screen) for screen in (True, False))
+    possible = full[..., 0] > -math.inf
+    assert possible[0].sum() == 5 and possible[1:].all() and np.array_equal(possible, found[..., 0] > -math.inf)
+    assert np.array_equal(found[possible][:, 5:].view("int64"), full[possible][:, 5:].view("int64"))  # tokens and keys
+    np.testing.assert_allclose(found[possible][:, :5], full[possible][:, :5], rtol=1e-12)
+    if tau < 1 and scale == 0:  # equal children: the smaller token first, and the short cut knows that it cannot tell
+        assert not astar_search.contenders(logp, torch.tensor(keys), 0.0, 9)[1][1:].any()
+        assert tau > 0 or (full[1:, :, 5].view("int64") == np.arange(9)).all()
+
+
 # ======================================================================================= theorems 1 and 2: order
 
 
