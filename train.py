@@ -744,15 +744,12 @@ def main(argv=None):
             progress = {"model_tokens": model_tokens, "seconds": seconds(), "reward_bounds": reward.bounds}
             return save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progress, ranks)
 
-<<<<<<< HEAD
     # SIGTERM, a preempting scheduler's, waits for the end of the iteration.  Ctrl-C breaks in at once but within an
     # update; with other ranks it waits too, which would be left waiting.
     received, stopped, failure, saved = [], None, "", source
     held = (signal.SIGTERM,) if ranks.world_size == 1 else (signal.SIGTERM, signal.SIGINT)
     heard = lambda: next((number for told in fsdp.everyone(received, ranks) for number in told), None)
-=======
     gc.freeze()  # what is here stays: Python's collector, which the nodes of a search wake often, need not look at it
->>>>>>> speed
     bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None if ranks.is_main else True)
     try:
         with contextlib.suppress(KeyboardInterrupt), hold(held, received):
