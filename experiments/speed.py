@@ -1,11 +1,11 @@
-"""speed.py -- what the search costs beside what the model costs.  Every figure is a ratio of two things measured in turn.
+"""speed.py -- what the search costs beside what the model costs.  Every figure is a ratio of two, measured in turn.
 
     python experiments/speed.py                     # all ten items, a row a figure in experiments/results/speed.jsonl
     python experiments/speed.py host children       # some of them: their rows are replaced
 
-A B A B ..., five times, one thread, CPU seconds of this process; a figure is the ratio of the minima, and in brackets of
-the medians.  Models: the tiny base, and random weights in the shape of SmolLM2 (135M) and of Qwen2.5 (0.5B), with which
-no completion is likely, so that samples of a prompt share the prompt and nothing else.
+A B A B ..., five times, one thread, CPU seconds of this process; a figure is the ratio of the minima, and in brackets
+of the medians.  Models: the tiny base, and random weights in the shape of SmolLM2 (135M) and of Qwen2.5 (0.5B), with
+which no completion is likely, so that samples of a prompt share the prompt and nothing else.
 """
 
 import argparse
@@ -39,10 +39,18 @@ import value as value_module  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results" / "speed.jsonl"
 BEFORE = "e4e8cee"  # the commit that the main job is compared with
-names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-SHAPES = {name: dict(zip(names, sizes)) for name, sizes in {
-    "135M": (576, 1536, 30, 9, 3, 49152), "0.5B": (896, 4864, 24, 14, 2, 151936), "large vocabulary": (64, 128, 2, 2, 2, 151936),
-}.items()}  # fmt: skip
+WORK = tempfile.TemporaryDirectory()
+
+
+def shape(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size):
+    return locals()
+
+
+SHAPES = {
+    "135M": shape(576, 1536, 30, 9, 3, 49152),
+    "0.5B": shape(896, 4864, 24, 14, 2, 151936),
+    "large vocabulary": shape(64, 128, 2, 2, 2, 151936),
+}
 
 # ==================================================================================================== measuring
 
@@ -162,15 +170,16 @@ def resident(name="VmRSS"):
 
 def elsewhere(*argv, root=ROOT):
     """What a fresh python prints last, as JSON.  Memory that it frees goes back to the system at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, env=environment, cwd=root)
+    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, argv)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | limits, cwd=root)
     return json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else sys.exit(run.stderr)
 
 
 @functools.cache
 def learned():
     """A checkpoint of the quick run after ten iterations, whose completions are as long as they stay."""
-    flags = f"--config quick --iterations 10 --eval-problems 10 --output-dir {tempfile.mkdtemp()}/run".split()
+    flags = f"--config quick --iterations 10 --eval-problems 10 --output-dir {WORK.name}/run".split()
     run = subprocess.run([sys.executable, "train.py", *flags], cwd=ROOT, capture_output=True, text=True)
     return f"{flags[-1]}/checkpoint_iter_10" if run.returncode == 0 else sys.exit(run.stderr)
 
@@ -199,10 +208,10 @@ def sampling():
 
         ours = lambda: rollouts_of(astar_search.sample, name, prompts, K=K, max_new_tokens=T, eos=())
         times = race(ours=ours, generate=generate, prompt_once=prompt_once)
-        sizes = dict(prompts=N, prompt_tokens=ids.shape[1], samples=K, new_tokens=T, cpu_seconds=times)
-        what = f"{name}, {K} samples a prompt: tokens a second, ours / "
-        yield figure(what + "generate", ratio(times["generate"], times["ours"]), target, **sizes)
-        yield figure(what + "generate on a cache of prompts that were run once", ratio(times["prompt_once"], times["ours"]), **sizes)
+        sizes = dict(prompts=N, prompt_tokens=ids.shape[1], samples=K, new_tokens=T, cpu=times)
+        for other, words, limit in (("generate", "", target), ("prompt_once", " on a cache of prompts run once", "")):
+            what = f"{name}, {K} samples a prompt: tokens a second, ours / generate{words}"
+            yield figure(what, ratio(times[other], times["ours"]), limit, **sizes)
 
 
 def search_sides(name):
@@ -228,8 +237,9 @@ def search():
         astar, sample, found = search_sides(name)
         times = race(astar=astar, sample=sample)
         work = {side: stats["model_tokens"] for side, stats in found.items()}
-        yield figure(f"{name}: model tokens a second, A* / sampling", ratio(times["sample"], times["astar"], work["astar"] / work["sample"]),
-                     target, a_forward={side: work[side] / found[side]["forwards"] for side in work}, cpu_seconds=times)  # fmt: skip
+        a_forward = {side: work[side] / found[side]["forwards"] for side in work}
+        rate = ratio(times["sample"], times["astar"], work["astar"] / work["sample"])
+        yield figure(f"{name}: model tokens a second, A* / sampling", rate, target, a_forward=a_forward, cpu=times)
 
 
 def host():
@@ -249,8 +259,8 @@ def host():
                 astar()
             shares.append({phase: seconds[phase] / sum(seconds.values()) for phase in phases})
         outside = summary([1 - share["model"] - share["K/V"] for share in shares[1:]])
-        yield figure(f"{name}: share of A*'s seconds outside of the model's forward", outside, target,
-                     medians={phase: statistics.median([share[phase] for share in shares[1:]]) for phase in phases})  # fmt: skip
+        medians = {phase: statistics.median([share[phase] for share in shares[1:]]) for phase in phases}
+        yield figure(f"{name}: share of A*'s seconds outside of the model's forward", outside, target, medians=medians)
 
 
 def growth():
@@ -264,15 +274,16 @@ def growth():
         def go(nodes):
             options = astar_search.Options((1,), K=10**6, tau=0.0, width=8, max_nodes=nodes, max_new_tokens=48)
             expand = table if name == "a table" else astar_search.Expander(model_of(name), prompts, 48)
-            pops[nodes] = sum(tree.pops for tree in astar_search.search(astar_search.root_keys(0, 1, range(8)), expand, options))
+            trees = astar_search.search(astar_search.root_keys(0, 1, range(8)), expand, options)
+            pops[nodes] = sum(tree.pops for tree in trees)
 
         times = race(large=lambda: go(4096), small=lambda: [go(256) for _ in range(again)])
-        yield figure(f"{name}: cost of a node, 4,096 nodes a problem / 256",
-                     ratio(times["large"], times["small"], again * pops[256] / pops[4096]), "<= 1.5", cpu_seconds=times, nodes=pops)  # fmt: skip
+        cost = ratio(times["large"], times["small"], again * pops[256] / pops[4096])
+        yield figure(f"{name}: cost of a node, 4,096 nodes a problem / 256", cost, "<= 1.5", cpu=times, nodes=pops)
     few, some, many = (elsewhere(__file__, "--memory-of-nodes", n) for n in (1024, 2048, 4096))
     slopes = [(b["bytes"] - a["bytes"]) / (b["nodes"] - a["nodes"]) for a, b in ((few, some), (some, many))]
-    yield figure("tiny: bytes a node, 2,048 to 4,096 nodes a problem / 1,024 to 2,048", {"min": slopes[1] / slopes[0]}, "<= 1.2",
-                 bytes_a_node=slopes, of_which_kv=few["kv"])  # fmt: skip
+    what = "tiny: bytes a node, 2,048 to 4,096 nodes a problem / 1,024 to 2,048"
+    yield figure(what, {"min": slopes[1] / slopes[0]}, "<= 1.2", bytes_a_node=slopes, of_which_kv=few["kv"])
 
 
 def memory_of_nodes(nodes):
@@ -287,8 +298,8 @@ def memory_of_nodes(nodes):
 
 
 def naive():
-    """5. The search that keeps no K/V, 64 tokens deep: it runs the whole prefix of every node that it opens, or, as naive
-    searches do, of every child that it queues (a pop queues two: the best child and the next sibling)."""
+    """5. The search that keeps no K/V, 64 tokens deep: it runs the whole prefix of every node that it opens, or, as
+    naive searches do, of every child that it queues (a pop queues two: the best child and the next sibling)."""
     N, model, prompts = 32, model_of("tiny"), prompts_of("tiny", 32)
     options, leaves = astar_search.Options((), K=2, width=1, max_new_tokens=64), {}
 
@@ -305,11 +316,13 @@ def naive():
         leaves[side] = [[leaf.path() for leaf in tree.leaves] for tree in trees]
 
     queued = lambda nodes: [x[: len(nodes)] for x in opened(nodes + nodes)]
-    times = race(ours=lambda: go("ours", astar_search.Expander(model, prompts, 64)), opened=lambda: go("opened", opened),
+    expander = lambda: astar_search.Expander(model, prompts, 64)
+    times = race(ours=lambda: go("ours", expander()), opened=lambda: go("opened", opened),
                  queued=lambda: go("queued", queued))  # fmt: skip
-    facts = dict(problems=N, with_the_same_leaves=sum(a == b for a, b in zip(leaves["ours"], leaves["opened"])), cpu_seconds=times)
-    yield figure("tiny: seconds, the whole prefix of every opened node / ours", ratio(times["opened"], times["ours"]), **facts)
-    yield figure("tiny: seconds, the whole prefix of every queued child / ours", ratio(times["queued"], times["ours"]), ">= 10", **facts)
+    same = sum(a == b for a, b in zip(leaves["ours"], leaves["opened"]))
+    for other, words, limit in (("opened", "opened node", ""), ("queued", "queued child", ">= 10")):
+        yield figure(f"tiny: seconds, the whole prefix of every {words} / ours", ratio(times[other], times["ours"]), limit,
+                     problems=N, with_the_same_leaves=same, cpu=times)  # fmt: skip
 
 
 def children():
@@ -323,16 +336,18 @@ def children():
         @torch.no_grad()
         def forward():
             model(prompts[:, :1], past_key_values=cache).logits.log_softmax(-1)
-            cache.crop(4)
+            cache.crop(-1)
 
         with torch.no_grad():
             model.base_model(prompts, past_key_values=cache)
         for tau in (1.0, 0.0):
             times = race(children=lambda: astar_search.best_children(logp, h, parents, tau, 9), forward=forward)
-            yield figure(f"0.5B, {n} nodes, tau {tau:g}: children / forward", ratio(times["children"], times["forward"]), "<= 0.10", cpu_seconds=times)
+            share = ratio(times["children"], times["forward"])
+            yield figure(f"0.5B, {n} nodes, tau {tau:g}: children / forward", share, "<= 0.10", cpu=times)
     ours, theirs = (elsewhere(__file__, "--memory-of-update", side) for side in ("score", "naive"))
-    yield figure("update of 4 x 256 tokens: peak bytes, in chunks / with (B, T, V) logits", {"min": ours["bytes"] / theirs["bytes"]}, "<= 0.5",
-                 ours=ours, naive=theirs, chunk=1 << 24)  # fmt: skip
+    what = "update of 4 x 256 tokens of 151,936: "
+    yield figure(what + "largest tensor / a chunk", {"min": ours["largest"] / (1 << 24)}, "<= 1", ours=ours, naive=theirs)
+    yield figure(what + "peak bytes, ours / with (B, T, V) logits", {"min": ours["bytes"] / theirs["bytes"]}, "<= 0.5")
 
 
 def memory_of_update(side):
@@ -355,7 +370,7 @@ def memory_of_update(side):
     peak = resident("VmHWM") - before
     with Largest() as largest:
         step()
-    return {"bytes": peak, "largest_tensor": largest.numbers}
+    return {"bytes": peak, "largest": largest.numbers}
 
 
 def batch_of(argv):
@@ -364,8 +379,8 @@ def batch_of(argv):
     model, tokenizer = policy.load_policy(config.model)
     reward, ranks = train.reward_module.load("", config.format_bonus, config.length_penalty), fsdp.start(device="cpu")
     problems, indices = train.draw_problems(config, 1, ranks, None)
-    rollouts = train.make_rollouts(model, tokenizer, problems, astar_search.root_keys(0, 1, indices), config, reward, None,
-                                   config.rollout, config.rollouts_per_problem)  # fmt: skip
+    keys, K = astar_search.root_keys(0, 1, indices), config.rollouts_per_problem
+    rollouts = train.make_rollouts(model, tokenizer, problems, keys, config, reward, None, config.rollout, K)
     _, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
     rollouts.extra = train.credit(rollouts, verdicts, reward, config)
     return model, rollouts, indices, config
@@ -377,14 +392,17 @@ def random_batch(B, low, high):
     model, length = model_of("135M").requires_grad_(True), torch.linspace(low, high, B).long()
     zero, grid, tokens = torch.zeros(B), torch.zeros(B, high - 1), torch.randint(model.config.vocab_size, (B, high))
     extra = {"rewards": zero, "soft_targets": zero, "leaf_weight": zero + 1, "advantages": grid + 1}
-    rows = astar_search.Rollouts(tokens, length // 3, length, torch.arange(B), grid, grid, zero, zero, zero, zero, zero > 0, extra)
-    return model, rows, range(B), config
+    columns = (tokens, length // 3, length, torch.arange(B), grid, grid, zero, zero, zero, zero, zero > 0, extra)
+    return model, astar_search.Rollouts(*columns), range(B), config
 
 
 def update():
-    """7. The training step against transformers' own loss on as many tokens without padding; what of a batch is padding."""
-    for name, argv in (("first iteration", ""), ("quick, first iteration", "--config quick"), ("later", f"--model {learned()}"),
-                       ("quick, later", f"--config quick --model {learned()}"), ("135M", None)):  # fmt: skip
+    """7. What of a batch is padding; the training step against transformers' own loss on as many in a rectangle."""
+    runs = {
+        "local, first iteration": "", "local, later": f"--model {learned()}", "quick, first iteration": "--config quick",
+        "quick, later": f"--config quick --model {learned()}", "135M": None,
+    }  # fmt: skip
+    for name, argv in runs.items():
         model, rollouts, indices, config = random_batch(8, 90, 150) if argv is None else batch_of(argv)
         config.epochs, ranks = 1, fsdp.start(device="cpu")
         dealt = train.minibatches_of(rollouts, indices, config, 1, 0)
@@ -405,9 +423,10 @@ def update():
                 optimizers[0].step()
                 optimizers[0].zero_grad()
 
-        times = race(ours=lambda: train.update(model, score, head, optimizers, rollouts, indices, config, 1, ranks), plain=plain)
-        yield figure(f"{name}: tokens a second of a step, ours / plain and dense", ratio(times["plain"], times["ours"], real / (B * T)),
-                     ">= 0.85", rollouts=B, mean_length=T, cpu_seconds=times)  # fmt: skip
+        ours = lambda: train.update(model, score, head, optimizers, rollouts, indices, config, 1, ranks)
+        times = race(ours=ours, plain=plain)
+        rate = ratio(times["plain"], times["ours"], real / (B * T))
+        yield figure(f"{name}: tokens a second of a step, ours / plain", rate, ">= 0.85", rollouts=B, T=T, cpu=times)
 
 
 DRIVER = """
@@ -430,21 +449,24 @@ print("\\n" + json.dumps(spent))
 
 
 def job():
-    """8. Iterations of the main job and of --config quick, from a model that has learned, against the commit at which this
-    began.  Both sides need the same iterations to 80 %, so that this is the ratio of the seconds to 80 %."""
+    """8. Iterations of the main job and of --config quick, from a model that has learned, against the commit at which
+    this began.  Both sides need the same iterations to 80 %, so that this is the ratio of the seconds to 80 %."""
     with tempfile.TemporaryDirectory() as before:
-        subprocess.run(["git", "worktree", "add", "--detach", before, BEFORE], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(["git", "worktree", "add", "--detach", "--quiet", before, BEFORE], cwd=ROOT, check=True)
         try:
             for config in ("local", "quick"):
-                flags = f"--config {config} --model {learned()} --iterations 2 --eval-problems 100 --overwrite --output-dir {before}/run"
+                flags = f"--config {config} --model {learned()} --iterations 2 --eval-problems 100"
+                flags += f" --overwrite --output-dir {before}/run"
                 runs = {"now": [], "before": []}
                 for _ in range(arguments().repeats):
                     for side, root in (("now", ROOT), ("before", before)):
                         runs[side].append(elsewhere("-c", DRIVER, *flags.split(), root=root))
-                cost = {side: {phase: summary([run[phase] for run in each]) for phase in each[0]} for side, each in runs.items()}
-                whole = {side: summary([run["make_rollouts"] + run["update"] for run in each]) for side, each in runs.items()}
-                yield figure(f"--config {config}: CPU seconds of two iterations, before / now", ratio(whole["before"], whole["now"]), ">= 1.5",
-                             cpu_seconds=cost)  # fmt: skip
+                cost = {side: {phase: summary([run[phase] for run in each]) for phase in each[0]}
+                        for side, each in runs.items()}  # fmt: skip
+                both = lambda run: run["make_rollouts"] + run["update"]
+                whole = {side: summary(list(map(both, each))) for side, each in runs.items()}
+                speedup = ratio(whole["before"], whole["now"])
+                yield figure(f"--config {config}: seconds of two iterations, before / now", speedup, ">= 1.5", cpu=cost)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", before], cwd=ROOT, check=True)
 
@@ -453,18 +475,19 @@ def prefixes():
     """9. K/V of a prompt: once a problem, not once a rollout."""
     N, K, T, length, model = 2, 8, 8, 140, model_of("135M")
     prompts = prompts_of("135M", N, length)
-    how = GenerationConfig(max_new_tokens=T, num_return_sequences=K, do_sample=True, return_dict_in_generate=True, pad_token_id=0)
-    cache = model.generate(torch.tensor(prompts), how).past_key_values
+    how = GenerationConfig(max_new_tokens=T, num_return_sequences=K, do_sample=True, pad_token_id=0)
+    cache = model.generate(torch.tensor(prompts), how, return_dict_in_generate=True).past_key_values
     theirs = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
     for method in (astar_search.sample, astar_search.search):
         _, expander = rollouts_of(method, "135M", prompts, K=K, max_new_tokens=T)
-        ours = expander.cache.rows * sum(table.shape[1] * table.element_size() for table in expander.cache.tables.values())
-        yield figure(f"135M, {N} x {K} completions of {T} tokens after {length}: bytes of K/V, {method.__name__} / generate",
-                     {"min": ours / theirs}, f"<= {1.02 * (length + K * T) / (K * (length + T)):.3f}", ours=ours, generate=theirs)  # fmt: skip
+        ours = expander.cache.rows * sum(x.shape[1] * x.element_size() for x in expander.cache.tables.values())
+        what = f"135M, {N} x {K} completions, {T} tokens after {length}: bytes of K/V, {method.__name__} / generate"
+        limit = f"<= {1.02 * (length + K * T) / (K * (length + T)):.3f}"
+        yield figure(what, {"min": ours / theirs}, limit, ours=ours, generate=theirs)
 
 
 def gpu():
-    """10. No GPU here.  Counted: copies to the host.  Estimated: decoding at the 3B shape in bfloat16, by memory traffic."""
+    """10. No GPU here.  Counted: copies to the host.  Estimated: decoding at the 3B shape in bfloat16, by its traffic."""
     copies, cpu = [], torch.Tensor.cpu
     torch.Tensor.cpu = lambda tensor: copies.append(1) or cpu(tensor)
     try:
@@ -474,26 +497,30 @@ def gpu():
     finally:
         torch.Tensor.cpu = cpu
     yield figure("copies to the host / forwards of a search", {"min": len(copies) / expander.forwards}, "<= 1.05")
-    shape, nodes, context = policy.outline(str(ROOT / "experiments" / "qwen2.5-3b")), 256, 512
-    text = shape.config
-    weights = 2 * sum(parameter.numel() for parameter in shape.parameters())
-    kv = 4 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * text.num_hidden_layers * nodes * context
-    yield figure(f"ESTIMATE, 3B in bfloat16, {nodes} nodes a round of {context} tokens: bytes that must be read / that we move",
-                 {"min": (weights + kv) / (weights + 3 * kv)}, weights=weights, kv=kv)  # fmt: skip  (a gather reads, writes, and is read)
+    model, nodes, context = policy.outline(str(ROOT / "experiments" / "qwen2.5-3b")), 256, 512
+    text, weights = model.config, 2 * sum(parameter.numel() for parameter in model.parameters())
+    row = 2 * 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * text.num_hidden_layers
+    kv = row * nodes * context  # a gather reads it, writes it, and attention reads it again
+    what = f"ESTIMATE, 3B in bfloat16, {nodes} nodes a round of {context} tokens: bytes to be read / bytes moved"
+    yield figure(what, {"min": (weights + kv) / (weights + 3 * kv)}, weights=weights, kv=kv)
 
 
-ITEMS = {function.__name__: function for function in (sampling, search, host, growth, naive, children, update, job, prefixes, gpu)}
+ORDER = (sampling, search, host, growth, naive, children, update, job, prefixes, gpu)
+ITEMS = {function.__name__: function for function in ORDER}
 
 
 def main():
     args = arguments()
     torch.set_num_threads(1)
-    if args.memory_of_nodes or args.memory_of_update:
-        return print(json.dumps(memory_of_nodes(args.memory_of_nodes) if args.memory_of_nodes else memory_of_update(args.memory_of_update)))
+    if args.memory_of_nodes:
+        return print(json.dumps(memory_of_nodes(args.memory_of_nodes)))
+    if args.memory_of_update:
+        return print(json.dumps(memory_of_update(args.memory_of_update)))
     if set(args.items) - set(ITEMS):
         sys.exit(f"speed.py: the items are {', '.join(ITEMS)}")
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    where = {"cpu": name, "cores": os.cpu_count(), "threads": 1, "repeats": args.repeats, "torch": torch.__version__}
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    where = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "threads": 1, "repeats": args.repeats,
+             "torch": torch.__version__}  # fmt: skip
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     for item in args.items or ITEMS:
         gc.collect()
@@ -502,7 +529,8 @@ def main():
         for row in ITEMS[item]():
             verdict = {True: "met", False: "MISSED"}.get(row.get("met"), "")
             median = f" ({row['median']:.3f})" if "median" in row else ""
-            print(f"{item:9s} {row['min']:8.3f}{median:10s} {row.get('target', ''):8s} {verdict:7s} {row['what']}", flush=True)
+            target = row.get("target", "")
+            print(f"{item:9s} {row['min']:8.3f}{median:10s} {target:8s} {verdict:7s} {row['what']}", flush=True)
             rows.append({"item": item} | row | where)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
