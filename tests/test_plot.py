@@ -19,7 +19,7 @@ def test_a_run_is_a_folder_or_a_file(tmp_path):
     (tmp_path / "mine" / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"iteration": 2, "rew')
     assert plot.read(str(tmp_path / "mine") + "/") == plot.read(str(tmp_path / "mine" / "metrics.jsonl")) == ("mine", [row])
     name, rows = plot.read(str(ROOT / "experiments" / "main_job" / "ppo_seed1.jsonl"))
-    assert name == "seed1" and len(rows) == 91
+    assert name == "ppo_seed1" and len(rows) == 91
 
 
 def test_the_committed_runs_hold_every_curve():
