@@ -109,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="+")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.8])
-    parser.add_argument("--only", default="*", help="settings whose name matches, as a shell would")
+    parser.add_argument("--only", nargs="+", default=["*"], help="settings whose name matches one of these, as a shell would")
     parser.add_argument("--png")
     args = parser.parse_args()
     rows = []
@@ -117,7 +117,7 @@ def main():
         for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines():
             row = json.loads(line)
             rows.append(row | {"setting": row["setting"] if suite == args.suites[0] else f"{suite}: {row['setting']}"})
-    rows = [row for row in rows if fnmatch.fnmatch(row["setting"], args.only)]
+    rows = [row for row in rows if any(fnmatch.fnmatch(row["setting"], pattern) for pattern in args.only)]
     rows.sort(key=lambda row: (row["setting"], row["seed"]))
     table(rows, args.targets)
     if args.png:
