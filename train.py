@@ -468,8 +468,8 @@ def minibatches_of(rollouts, indices, config, iteration, epoch):
     """This rank's micro-batches of each minibatch: [[rows, ...], ...].
 
     Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration, epoch): a minibatch is
-    the same on any number of ranks, and a rank's part of it may be empty.  Micro-batches go by length, so that little
-    is padding; their order changes nothing.
+    the same on any number of ranks, and a rank's part of it may be empty.  Micro-batches go by length, the longest at
+    most a quarter longer than the shortest, so that little is padding; their number and order change nothing.
     """
     N = config.problems_per_iteration
     order = list(range(N))
@@ -477,11 +477,16 @@ def minibatches_of(rollouts, indices, config, iteration, epoch):
     # By problem, not by leaf: the leaves of a problem are weighted against each other, and stay together.
     part_of = {p: i * config.minibatches // N for i, p in enumerate(order)}
     parts = torch.tensor([part_of[indices[row]] for row in rollouts.problem.tolist()], dtype=torch.int64)
-    dealt = []
+    dealt, length = [], rollouts.length.tolist()
     for minibatch in range(config.minibatches):
         rows = torch.nonzero(parts == minibatch).squeeze(1)
-        rows = rows[rollouts.length[rows].argsort(stable=True)]
-        dealt.append(list(rows.split(config.micro_batch)) if len(rows) else [])
+        micro_batches = []
+        for row in rows[rollouts.length[rows].argsort(stable=True)].tolist():
+            last = micro_batches[-1] if micro_batches else []
+            if not last or len(last) == config.micro_batch or length[row] > 1.25 * length[last[0]]:
+                micro_batches.append(last := [])
+            last.append(row)
+        dealt.append(list(map(torch.tensor, micro_batches)))
     return dealt
 
 

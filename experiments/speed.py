@@ -321,8 +321,8 @@ def naive():
                  queued=lambda: go("queued", queued))  # fmt: skip
     same = sum(a == b for a, b in zip(leaves["ours"], leaves["opened"]))
     for other, words, limit in (("opened", "opened node", ""), ("queued", "queued child", ">= 10")):
-        yield figure(f"tiny: seconds, the whole prefix of every {words} / ours", ratio(times[other], times["ours"]), limit,
-                     problems=N, with_the_same_leaves=same, cpu=times)  # fmt: skip
+        yield figure(f"tiny: seconds, the whole prefix of every {words} / ours", ratio(times[other], times["ours"]),
+                     limit, problems=N, with_the_same_leaves=same, cpu=times)  # fmt: skip
 
 
 def children():
@@ -345,8 +345,8 @@ def children():
             share = ratio(times["children"], times["forward"])
             yield figure(f"0.5B, {n} nodes, tau {tau:g}: children / forward", share, "<= 0.10", cpu=times)
     ours, theirs = (elsewhere(__file__, "--memory-of-update", side) for side in ("score", "naive"))
-    what = "update of 4 x 256 tokens of 151,936: "
-    yield figure(what + "largest tensor / a chunk", {"min": ours["largest"] / (1 << 24)}, "<= 1", ours=ours, naive=theirs)
+    what, largest = "update of 4 x 256 tokens of 151,936: ", {"min": ours["largest"] / (1 << 24)}
+    yield figure(what + "largest tensor / a chunk", largest, "<= 1", ours=ours, naive=theirs)
     yield figure(what + "peak bytes, ours / with (B, T, V) logits", {"min": ours["bytes"] / theirs["bytes"]}, "<= 0.5")
 
 
@@ -399,8 +399,8 @@ def random_batch(B, low, high):
 def update():
     """7. What of a batch is padding; the training step against transformers' own loss on as many in a rectangle."""
     runs = {
-        "local, first iteration": "", "local, later": f"--model {learned()}", "quick, first iteration": "--config quick",
-        "quick, later": f"--config quick --model {learned()}", "135M": None,
+        "local, first iteration": "", "quick, first iteration": "--config quick", "135M": None,
+        "local, later": f"--model {learned()}", "quick, later": f"--config quick --model {learned()}",
     }  # fmt: skip
     for name, argv in runs.items():
         model, rollouts, indices, config = random_batch(8, 90, 150) if argv is None else batch_of(argv)
@@ -475,8 +475,8 @@ def prefixes():
     """9. K/V of a prompt: once a problem, not once a rollout."""
     N, K, T, length, model = 2, 8, 8, 140, model_of("135M")
     prompts = prompts_of("135M", N, length)
-    how = GenerationConfig(max_new_tokens=T, num_return_sequences=K, do_sample=True, pad_token_id=0)
-    cache = model.generate(torch.tensor(prompts), how, return_dict_in_generate=True).past_key_values
+    how = dict(max_new_tokens=T, num_return_sequences=K, do_sample=True, pad_token_id=0, return_dict_in_generate=True)
+    cache = model.generate(torch.tensor(prompts), GenerationConfig(**how)).past_key_values
     theirs = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
     for method in (astar_search.sample, astar_search.search):
         _, expander = rollouts_of(method, "135M", prompts, K=K, max_new_tokens=T)
@@ -487,7 +487,7 @@ def prefixes():
 
 
 def gpu():
-    """10. No GPU here.  Counted: copies to the host.  Estimated: decoding at the 3B shape in bfloat16, by its traffic."""
+    """10. No GPU here.  Counted: copies to the host.  Estimated: decoding at the 3B shape in bfloat16, by traffic."""
     copies, cpu = [], torch.Tensor.cpu
     torch.Tensor.cpu = lambda tensor: copies.append(1) or cpu(tensor)
     try:
