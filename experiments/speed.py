@@ -28,7 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import memory  # noqa: E402
+
 import astar_search  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -399,8 +401,8 @@ def random_batch(B, low, high):
 def update():
     """7. What of a batch is padding; the training step against transformers' own loss on as many in a rectangle."""
     runs = {
-        "local, first iteration": "", "quick, first iteration": "--config quick", "135M": None,
-        "local, later": f"--model {learned()}", "quick, later": f"--config quick --model {learned()}",
+        "ppo, first iteration": "--config ppo", "quick, first iteration": "--config quick", "135M": None,
+        "ppo, later": f"--config ppo --model {learned()}", "quick, later": f"--config quick --model {learned()}",
     }  # fmt: skip
     for name, argv in runs.items():
         model, rollouts, indices, config = random_batch(8, 90, 150) if argv is None else batch_of(argv)
@@ -412,7 +414,8 @@ def update():
         if "first" in name:
             continue
         head, B, T = value_module.ValueHead(model.config.hidden_size), len(rollouts), real // len(rollouts)
-        optimizers = [torch.optim.AdamW(module.parameters(), lr=1e-6) for module in (model, head)]
+        both = torch.optim.AdamW([{"params": list(module.parameters())} for module in (model, head)])
+        alone = torch.optim.AdamW(model.parameters(), lr=1e-6)
         score, dense = functools.partial(policy.score, model), torch.randint(model.config.vocab_size, (B, T))
 
         def plain():
@@ -420,10 +423,10 @@ def update():
                 for part in minibatch.split(config.micro_batch):
                     model(part, labels=part, use_cache=False).loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizers[0].step()
-                optimizers[0].zero_grad()
+                alone.step()
+                alone.zero_grad()
 
-        ours = lambda: train.update(model, score, head, optimizers, rollouts, indices, config, 1, ranks)
+        ours = lambda: train.update(model, score, head, both, rollouts, indices, config, 1, ranks)
         times = race(ours=ours, plain=plain)
         rate = ratio(times["plain"], times["ours"], real / (B * T))
         yield figure(f"{name}: tokens a second of a step, ours / plain", rate, ">= 0.85", rollouts=B, T=T, cpu=times)
@@ -454,13 +457,13 @@ def job():
     with tempfile.TemporaryDirectory() as before:
         subprocess.run(["git", "worktree", "add", "--detach", "--quiet", before, BEFORE], cwd=ROOT, check=True)
         try:
-            for config in ("local", "quick"):
-                flags = f"--config {config} --model {learned()} --iterations 2 --eval-problems 100"
-                flags += f" --overwrite --output-dir {before}/run"
+            for config in ("ppo", "quick"):  # what is ppo now was the default then
+                names = {"now": config, "before": {"ppo": "local"}.get(config, config)}
+                flags = f"--model {learned()} --iterations 2 --eval-problems 100 --overwrite --output-dir {before}/run"
                 runs = {"now": [], "before": []}
                 for _ in range(arguments().repeats):
                     for side, root in (("now", ROOT), ("before", before)):
-                        runs[side].append(elsewhere("-c", DRIVER, *flags.split(), root=root))
+                        runs[side].append(elsewhere("-c", DRIVER, "--config", names[side], *flags.split(), root=root))
                 cost = {side: {phase: summary([run[phase] for run in each]) for phase in each[0]}
                         for side, each in runs.items()}  # fmt: skip
                 both = lambda run: run["make_rollouts"] + run["update"]
@@ -497,7 +500,7 @@ def gpu():
     finally:
         torch.Tensor.cpu = cpu
     yield figure("copies to the host / forwards of a search", {"min": len(copies) / expander.forwards}, "<= 1.05")
-    model, nodes, context = policy.outline(str(ROOT / "experiments" / "qwen2.5-3b")), 256, 512
+    model, nodes, context = memory.outline(str(ROOT / "experiments" / "qwen2.5-3b")), 256, 512
     text, weights = model.config, 2 * sum(parameter.numel() for parameter in model.parameters())
     row = 2 * 2 * text.num_key_value_heads * text.hidden_size // text.num_attention_heads * text.num_hidden_layers
     kv = row * nodes * context  # a gather reads it, writes it, and attention reads it again
