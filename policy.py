@@ -232,7 +232,8 @@ def ppo_loss(logp, old_logp, advantages, entropy, token_weights, clip=0.2, entro
     ratio = (logp - old_logp).exp()  # pi_theta(a|s) / pi_old(a|s)
     # L = -min( ratio A, clip(ratio, 1 - eps, 1 + eps) A ) - c H
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    loss = -((surrogate + entropy_coef * entropy) * token_weights).sum()
+    bonus = entropy_coef * entropy if entropy_coef else 0.0  # 0 times it would still be differentiated, over all of V
+    loss = -((surrogate + bonus) * token_weights).sum()
     return loss, {"policy_loss": -(surrogate * token_weights).sum().detach()}
 
 
