@@ -11,6 +11,7 @@ a gradient of its own.  Intervals: 95 % bootstrap over batches.  Appends a row t
 """
 
 import argparse
+import fnmatch
 import pathlib
 import sys
 
@@ -66,10 +67,9 @@ def gradients(model, tokenizer, value, problems, keys, config):
     return torch.stack(found), tokens, right / len(problems)
 
 
-def noise_to_signal(products):
-    """N/S from the (n, n) inner products of n batch gradients."""
-    n = len(products)
-    signal = (products.sum() - products.diagonal().sum()) / (n * (n - 1))
+def noise_to_signal(products, different):
+    """N/S from the (n, n) inner products of n batch gradients; different (n, n): pairs of different batches."""
+    signal = products[different].mean()
     return ((products.diagonal().mean() - signal) / signal).item()
 
 
@@ -77,6 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny_base")
     parser.add_argument("--batches", type=int, default=16)
+    parser.add_argument("--only", nargs="+", default=["*"], help="settings whose name matches one of these, as a shell would")
     args = parser.parse_args()
     model, tokenizer = policy.load_policy(str(ROOT / args.model))
     guided = evaluation.load_head(str(ROOT / args.model), model)
@@ -87,7 +88,7 @@ def main():
     print(f"{args.model}: {args.batches} batches of {SIZE} problems\n\n{'':28s} tokens/problem  right      N/S  (N/S) x tokens, thousands (95 %)")
     generator = torch.Generator().manual_seed(0)
     for name, changes in SETTINGS.items():
-        if "head" in name and guided is None:
+        if "head" in name and guided is None or not any(fnmatch.fnmatch(name, pattern) for pattern in args.only):
             continue
         config = train.Config(**train.PPO | changes | dict(micro_batch=256, rollout_batch=SIZE))
         g, tokens, right = gradients(model, tokenizer, guided if "head" in name else unguided, problems, keys, config)
@@ -96,12 +97,9 @@ def main():
         draws = []
         for _ in range(500):  # a batch drawn twice would be its own signal: leave those pairs out
             rows = torch.randint(args.batches, (args.batches,), generator=generator)
-            other = rows[:, None] != rows[None]
-            drawn = products[rows][:, rows]
-            signal = drawn[other].mean()
-            draws.append(((drawn.diagonal().mean() - signal) / signal * per_batch).item())
+            draws.append(noise_to_signal(products[rows][:, rows], rows[:, None] != rows[None]) * per_batch)
         low, high = torch.tensor(draws).quantile(torch.tensor([0.025, 0.975])).tolist()
-        ratio = noise_to_signal(products)
+        ratio = noise_to_signal(products, ~torch.eye(args.batches, dtype=torch.bool))
         print(f"{name:28s} {tokens / n:14.1f}  {right:5.3f}  {ratio:7.2f}  {ratio * per_batch / 1e3:8.1f} ({low / 1e3:.1f}-{high / 1e3:.1f})", flush=True)
         row = {"model": args.model, "setting": name, "problems": SIZE, "batches": args.batches, "tokens_per_problem": tokens / n, "right": right,
                "noise_to_signal": ratio, "tokens_at_snr_1": ratio * per_batch, "low": low, "high": high}  # fmt: skip
