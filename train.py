@@ -142,7 +142,7 @@ class Config:
 
 
 # Draws without replacement, weighted pi/q, under PPO-clip with GAE: unbiased, and for answers so long that plain A*
-# would never finish one; on the tiny base it needs more tokens (README, "Measured").
+# might not finish one; on the tiny base it needs more tokens (README, "Measured").
 PPO = dict(
     loss="ppo", tau=1.0, until_right="off", cover=0.8, rollouts_per_problem=8, max_nodes=1024, problems_per_iteration=256,
     minibatches=4, epochs=1, learning_rate=3e-4, warmup=8, iterations=90, eval_every=10, checkpoint_every=10,
