@@ -69,7 +69,17 @@ def hidden_of(model, rollouts, columns):
     return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def fit(hidden_size, samples, steps=1500, batch=4096):
+def descend(head, n, loss_of, steps=1500, batch=4096):
+    """Adam on the mean loss_of(rows) of random batches out of n rows, until it stops falling.  Returns the head."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        loss = loss_of(torch.randint(n, (batch,)))
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    return head
+
+
+def fit(hidden_size, samples):
     """A head fitted to samples as training does it, but to convergence."""
     torch.manual_seed(0)
     head = value_module.ValueHead(hidden_size)
@@ -78,15 +88,9 @@ def fit(hidden_size, samples, steps=1500, batch=4096):
         (samples["reward"][:, None] * samples["mask"])[samples["mask"]],
     )
     targets = value_module.soft_target(returns, *REWARD.bounds, BETA)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        rows = torch.randint(len(returns), (batch,))
-        loss, _ = value_module.value_loss(
-            *head(hidden[rows]), returns[rows], targets[rows], torch.full((batch,), 1 / batch)
-        )
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    return head
+    equal = lambda rows: torch.full((len(rows),), 1 / len(rows))
+    loss_of = lambda rows: value_module.value_loss(*head(hidden[rows]), returns[rows], targets[rows], equal(rows))[0]
+    return descend(head, len(returns), loss_of)
 
 
 class PerTokenHead(torch.nn.Module):
@@ -101,19 +105,14 @@ class PerTokenHead(torch.nn.Module):
         return self.outer(torch.nn.functional.gelu(self.inner(torch.cat([hidden, embedding], dim=-1)))).squeeze(-1)
 
 
-def fit_per_token(embeddings, samples, steps=1500, batch=4096):
+def fit_per_token(embeddings, samples):
     """The same for a head that reads a prefix and the token to come."""
     torch.manual_seed(0)
     head, mask = PerTokenHead(embeddings.shape[1]), samples["mask"]
     hidden, tokens = samples["hidden"][mask], samples["token"][mask]
     targets = value_module.soft_target((samples["reward"][:, None] * mask)[mask], *REWARD.bounds, BETA)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        rows = torch.randint(len(targets), (batch,))
-        loss = ((torch.sigmoid(head(hidden[rows], embeddings[tokens[rows]])) - targets[rows]) ** 2).mean()
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    return head
+    u = lambda rows: torch.sigmoid(head(hidden[rows], embeddings[tokens[rows]]))
+    return descend(head, len(targets), lambda rows: ((u(rows) - targets[rows]) ** 2).mean())
 
 
 class Critic(torch.nn.Module):

@@ -29,6 +29,7 @@ from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCa
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+import compare  # noqa: E402
 import memory  # noqa: E402
 
 import astar_search  # noqa: E402
@@ -39,7 +40,7 @@ import policy  # noqa: E402
 import train  # noqa: E402
 import value as value_module  # noqa: E402
 
-RESULTS = ROOT / "experiments" / "results" / "speed.jsonl"
+RESULTS = compare.RESULTS / "speed.jsonl"
 BEFORE = "e4e8cee"  # the commit that the main job is compared with
 WORK = tempfile.TemporaryDirectory()
 
@@ -165,11 +166,6 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def resident(name="VmRSS"):
-    """Bytes of this process: VmRSS now, VmHWM the peak since it was reset."""
-    return 1024 * int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
-
-
 def elsewhere(*argv, root=ROOT):
     """What a fresh python prints last, as JSON.  Memory that it frees goes back to the system at once."""
     limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -291,12 +287,12 @@ def growth():
 def memory_of_nodes(nodes):
     """Resident memory that searches of so many nodes a problem take, in a fresh process."""
     rollouts_of(astar_search.search, "tiny", prompts_of("tiny", 8), K=8, max_new_tokens=48)  # what is allocated once
-    before = resident()
+    before = memory.resident("VmRSS")
     expander = astar_search.Expander(model_of("tiny"), prompts_of("tiny", 8), 48)
     options = astar_search.Options((1,), K=10**6, width=8, max_nodes=nodes, max_new_tokens=48)
     trees = astar_search.search(astar_search.root_keys(0, 1, range(8)), expander, options)
     kv = sum(table.shape[1] * table.element_size() for table in expander.cache.tables.values())
-    return {"nodes": sum(tree.pops for tree in trees), "bytes": resident() - before, "kv": kv}
+    return {"nodes": sum(tree.pops for tree in trees), "bytes": memory.resident("VmRSS") - before, "kv": kv}
 
 
 def naive():
@@ -366,10 +362,10 @@ def memory_of_update(side):
         (logp + 0.01 * entropy).sum().backward()
 
     step()
-    before = resident()
+    before = memory.resident("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
     step()
-    peak = resident("VmHWM") - before
+    peak = memory.resident("VmHWM") - before
     with Largest() as largest:
         step()
     return {"bytes": peak, "largest": largest.numbers}
@@ -524,7 +520,7 @@ def main():
     names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
     where = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "threads": 1, "repeats": args.repeats,
              "torch": torch.__version__}  # fmt: skip
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = compare.rows(RESULTS)
     for item in args.items or ITEMS:
         gc.collect()
         gc.freeze()  # for both sides of every race: collections do not look at what the imports have made
