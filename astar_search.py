@@ -79,8 +79,6 @@ def gumbel(key):
 
 
 # =================================================================================================== children
-
-
 def perturb(g, keys, G_parent):
     """Gumbel-perturbed log-probabilities of children, conditioned on their maximum being the parent's.
 
@@ -122,12 +120,16 @@ def contenders(logp, keys, tau, count):
     return tokens, ((exact > bound).sum(dim=1) >= count) | bound[:, 0].isneginf()
 
 
+# What the host is told of a child: its search key, h, g, G, log pi(token|parent), hash; is its place among all certain?
+CHILD = [(name, "f8") for name in ("f", "h", "g", "G", "logp")] + [(name, "i8") for name in ("token", "key", "certain")]
+
+
 def best_children(logp, h, parents, tau, block, screen=True):
     """The best `block` children of n nodes by search key, best first; ties: the smaller token first.
 
-    logp (n, V) log pi(a|s); h (n, V) or (n, 1) in nats; parents: n tuples (g, G, key).  Returns a numpy array
-    (n, block, 7) of f, h, g, G, logp and, as int64 in the place of float64, token and key; f = -inf where a node has no
-    such child.  One copy from the device to the host, whatever n is.  screen=False: look at all V children closely.
+    logp (n, V) log pi(a|s); h (n, V) or (n, 1) in nats; parents: n tuples (g, G, key).  Returns a numpy array of
+    records CHILD (n, block), f = -inf where a node has no such child.  One copy from the device to the host, whatever n
+    is.  screen=False: look at all V children closely.  Raises FloatingPointError at a NaN.
     """
     n, V = logp.shape
     assert h.shape in ((n, V), (n, 1)), f"expand must return h (n, V) or (n, 1), not {tuple(h.shape)}"
@@ -145,20 +147,17 @@ def best_children(logp, h, parents, tau, block, screen=True):
     f = G + h_child if tau == 1 else (1 - tau) * g + tau * G + h_child  # f = (1 - tau) g + tau G + h
     f = torch.where(g.isneginf(), -math.inf, f)  # impossible children (and no 0 * inf)
     best = f.argsort(dim=-1, descending=True, stable=True)[:, :block]
-    integers = torch.stack([tokens, child_keys]).view(torch.float64)
-    columns = (f, h_child, g, G, step, *integers, certain[:, None].expand_as(f).double())
-    table = torch.stack([x.gather(1, best) for x in columns], dim=-1).cpu().numpy()  # the one copy
-    f = table[..., 0]
-    if (f != f).any():
+    integers = torch.stack([tokens, child_keys, certain[:, None].expand_as(tokens).long()]).view(torch.float64)
+    columns = [x.gather(1, best) for x in (f, h_child, g, G, step, *integers)]
+    table = torch.stack(columns, dim=-1).cpu().numpy().view(CHILD)[..., 0]  # the one copy
+    if (table["f"] != table["f"]).any():
         raise FloatingPointError("the search met NaN in the model's log-probabilities or in the value head")
-    if not table[..., 7].all():  # a tie, or too close to one
+    if not table["certain"].all():  # a tie, or too close to one
         return best_children(logp, h, parents, tau, block, screen=False)
-    return table[..., :7]
+    return table
 
 
 # ======================================================================================================= tree
-
-
 @dataclass(eq=False, slots=True)
 class Node:
     """A prefix.  `parent is None` at the root, which stands for the prompt."""
@@ -176,7 +175,7 @@ class Node:
     rank: int = 0  # place among its siblings by f
     leaf: bool = False
     truncated: bool = False  # a leaf because max_new_tokens cut it, not by EOS
-    children: object = None  # rows of best_children, best first; None until the node has been evaluated
+    children: object = None  # records CHILD, best first; None until the node has been evaluated
     complete: bool = False  # children lists all of them
     slot: int | None = None  # where its K/V lies in the cache
     count: int = 1  # draws that ended here (sampling)
@@ -224,9 +223,7 @@ class Tree:
         its next sibling: the queue stays short, and no child is ever out of reach."""
         if rank >= len(parent.children):
             return
-        row = parent.children[rank]
-        f, h, g, G, logp = row[:5].tolist()
-        token, key = row[5:].view("int64").tolist()
+        f, h, g, G, logp, token, key, _ = parent.children.item(rank)
         node = Node(parent.problem, parent, token, parent.depth + 1, f, h, g, G, logp, key, rank)
         node.end(self.options)
         heapq.heappush(self.queue, (-f, node))
@@ -309,8 +306,6 @@ def log_inclusion(phi, kappa, tau):
 
 
 # ===================================================================================================== search
-
-
 @dataclass(frozen=True)
 class Options:
     """Bounds and temperature of a search.  K: leaves wanted.  width: nodes of one problem evaluated at once."""
@@ -344,7 +339,7 @@ def search(keys, expand, options, kind=Tree):
         # K + 1 children are enough under a constant h; a node that is asked again gets as many more.
         block = options.K + 1 + max(0 if node.children is None else len(node.children) for node in nodes)
         table = best_children(logp, h, [(node.g, node.G, node.key) for node in nodes], options.tau, block)
-        for node, rows, n in zip(nodes, table, (table[..., 0] > -math.inf).sum(axis=1).tolist()):
+        for node, rows, n in zip(nodes, table, (table["f"] > -math.inf).sum(axis=1).tolist()):
             node.children, node.complete = rows[:n], n < block or n == logp.shape[1]
         for tree in trees:
             if not tree.stopped:
@@ -355,8 +350,6 @@ def search(keys, expand, options, kind=Tree):
 
 
 # =================================================================================================== sampling
-
-
 def sample(keys, expand, options, greedy=False):
     """The baseline: options.K i.i.d. completions a problem (or the one greedy completion), on the same expander.
 
@@ -377,7 +370,7 @@ def sample(keys, expand, options, greedy=False):
         parents, h = [(0.0, 0.0, key) for key in chains], torch.zeros(len(at), 1, device=logp.device)
         best = best_children(logp[mine], h, parents, 0 if greedy else 1, block=1)[:, 0]
         still = []  # chains that go on: where they are, their keys
-        for parent, step, (token, key) in zip(at, best[:, 4].tolist(), best[:, 5:].view("int64").tolist()):
+        for parent, step, token, key in zip(at, *(best[name].tolist() for name in ("logp", "token", "key"))):
             node = children.get((parent, token))
             if node is None:
                 g = parent.g + step
@@ -399,8 +392,6 @@ def sample(keys, expand, options, greedy=False):
 
 
 # ============================================================================= the KV-cached language model
-
-
 def with_room(table, rows):
     """The table (rows, ...) if it is long enough, else a copy twice as long as asked, so that growing stays cheap; on a
     CPU, what is not yet written takes no memory."""
@@ -425,11 +416,6 @@ class NodeCache(Cache):
         self.tables = {}  # (layer, "K" or "V") -> (rows, H * D)
         self.rows = 1
         self.write = self.read = None  # (n, T) and (n, L) rows
-
-    def reserve(self, count):
-        """Row numbers of `count` new rows."""
-        start, self.rows = self.rows, self.rows + count
-        return range(start, self.rows)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """What each layer's attention calls: writes new K and V (n, H, T, D), returns those of `read` (n, H, L, D)."""
@@ -492,7 +478,8 @@ class Expander:
         for node in nodes:
             prompt = self.prompts[node.problem]
             added.append([node.token] if node.parent else prompt)
-            rows.append(self.cache.reserve(len(added[-1])))
+            rows.append(range(self.cache.rows, self.cache.rows + len(added[-1])))
+            self.cache.rows = rows[-1].stop
             start = len(prompt) + node.depth - 1 if node.parent else 0
             facts.append((node.parent.slot if node.parent else 0, start, len(added[-1]) - 1))
             node.slot = rows[-1][-1]
@@ -524,7 +511,8 @@ class Expander:
 
 
 def check_model(model):
-    """Raise ValueError, naming the model type, unless the search's forward reproduces the model's own logits.
+    """Raise ValueError, naming the model type, unless the search's forward reproduces the model's own logits; the model
+    is in eval mode.
 
     One probe catches all that could be wrong: a cache or mask of another kind, attention windows, recurrent layers,
     a scaled or capped output layer.
@@ -536,8 +524,6 @@ def check_model(model):
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         raise ValueError(f"{refuse}: it has layers of {', '.join(sorted(kinds))}, not full attention")
-    was_training = model.training
-    model.eval()
     try:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         ids = [(7 * i + 3) % vocabulary for i in range(6)]
@@ -548,16 +534,12 @@ def check_model(model):
         wrong = plain.gather(2, rollouts.tokens[:, 1:, None])[..., 0] - rollouts.logprobs
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{refuse}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
-    finally:
-        model.train(was_training)
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
     if not wrong[rollouts.mask].abs().max() < tolerance:
         raise ValueError(f"{refuse}: its logits with the search's cache and mask differ from those of a plain forward")
 
 
 # =================================================================================================== Rollouts
-
-
 @dataclass
 class Rollouts:
     """What a search or sampling returns: B completions, padded on the right.  One grid: index t of everything
@@ -632,14 +614,9 @@ def collect(trees, expander, pad=0):
         count=column(lambda leaf: leaf.count, torch.int64),
         f=column(lambda leaf: leaf.f),
         truncated=column(lambda leaf: leaf.truncated, torch.bool),
-        stats={
-            "model_tokens": expander.model_tokens,
-            "forwards": expander.forwards,
-            "pops": sum(tree.pops for tree in trees),
-            "mass": sum(tree.mass for tree in trees),
-            "pruned": sum(tree.pruned for tree in trees),
-            "stopped": Counter(tree.stopped for tree in trees),
-        },
+        stats={"model_tokens": expander.model_tokens, "forwards": expander.forwards}
+        | {name: sum(getattr(tree, name) for tree in trees) for name in ("pops", "mass", "pruned")}
+        | {"stopped": Counter(tree.stopped for tree in trees)},
     )
 
 
@@ -657,8 +634,6 @@ def join(parts):
 
 
 # ======================================================================================================= demo
-
-
 def main(argv=()):
     """Tokens a, b and . (the end), at most three of them.  Small enough to check every number with a pencil."""
     if argv:  # flags: the picture of a search by a model
@@ -670,7 +645,6 @@ def main(argv=()):
     deeper = (0.1, 0.3, 0.6)
     reward = lambda text: 1.0 if text.startswith("bb") else -1.0
     name = lambda node: "".join(letters[token] for token in node.path())
-    zero = lambda text: 0.0
 
     def leaves_below(text):
         """Every completion below a prefix with its log pi from there."""
@@ -682,8 +656,8 @@ def main(argv=()):
     def exact_h(text):  # h(s) = log E_pi[exp(r/beta) | s]
         return math.log(sum(math.exp(logp + reward(leaf) / beta) for leaf, logp in leaves_below(text).items()))
 
-    def run(guide, tau, problems=1):
-        """Searches by h = guide(text).  Returns the trees and the nodes in the order in which they were opened."""
+    def show(title, guide, tau):
+        """The search of one problem by h = guide(text), printed.  Returns its leaves by text."""
         opened = []
 
         def expand(nodes):
@@ -691,18 +665,13 @@ def main(argv=()):
             h = [[guide(name(node) + letter) for letter in letters] for node in nodes]
             return torch.tensor([pi.get(name(node), deeper) for node in nodes]).double().log(), torch.tensor(h).double()
 
-        options = Options(eos=(eos,), K=4, tau=tau, max_new_tokens=3)
-        return search(root_keys(0, 0, range(problems)), expand, options), opened
-
-    def show(title, guide, tau):
-        """The search of one problem, printed.  Returns its leaves, and their texts."""
-        (tree,), opened = run(guide, tau)
+        (tree,) = search(root_keys(0, 0, [0]), expand, Options(eos=(eos,), K=4, tau=tau, max_new_tokens=3))
         print(f"\n{title}\n        prefix     g      G      h      f")
         for verb, nodes in (("open", opened), ("leaf", tree.leaves)):
             for i, node in enumerate(nodes, start=1):
                 numbers = "".join(f"{x:7.2f}" for x in (node.g, node.G, node.h, node.f))
                 print(f"{verb} {i}  {name(node) or '(root)':6s}{numbers}")
-        return tree.leaves, list(map(name, tree.leaves))
+        return {name(leaf): leaf for leaf in tree.leaves}
 
     every = leaves_below("")
     optimal = {text: logp + reward(text) / beta for text, logp in every.items()}
@@ -710,20 +679,16 @@ def main(argv=()):
         print(f"pi(.|{s or '(root)'}): a {a} b {b} . {end}")
     print(f"reward: 1 below bb, -1 elsewhere; beta = 1; {len(every)} completions of at most 3 tokens")
 
-    _, texts = show("h = 0, tau = 0: the most probable completions first, right or wrong", zero, tau=0.0)
-    assert texts == sorted(every, key=every.get, reverse=True)[:4]
-    _, texts = show("exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0)
-    assert texts == sorted(every, key=optimal.get, reverse=True)[:4]
-    leaves, _ = show("h = 0, tau = 1: four draws from pi without replacement; f = G", zero, tau=1.0)
-    print(f"their weights pi/q: {[round(leaf.weight, 3) for leaf in leaves]}")
-
-    # What the weights are for, asserted: sum of (pi/q) r over the leaves is E_pi[r] on average.
-    trees, _ = run(zero, 1.0, problems=2000)
-    estimates = torch.tensor([sum(leaf.weight * reward(name(leaf)) for leaf in tree.leaves) for tree in trees])
-    exact = sum(math.exp(logp) * reward(leaf) for leaf, logp in every.items())
-    error = estimates.std() / len(trees) ** 0.5
-    print(f"E_pi[r] by 2000 such searches: {estimates.mean():.3f} +- {error:.3f}, by enumeration: {exact:.3f}")
-    assert abs(estimates.mean() - exact) < 4 * error
+    # What the file is for, asserted: the order of the leaves, here under pi, there under pi*.
+    leaves = show("h = 0, tau = 0: the most probable completions first, right or wrong", lambda text: 0.0, tau=0.0)
+    assert list(leaves) == sorted(every, key=every.get, reverse=True)[:4]
+    leaves = show("exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0)
+    assert list(leaves) == sorted(every, key=optimal.get, reverse=True)[:4]
+    leaves = show("h = 0, tau = 1: four draws from pi without replacement; f = G", lambda text: 0.0, tau=1.0)
+    print(f"their weights pi/q, for sums that estimate E_pi: {[round(leaf.weight, 3) for leaf in leaves.values()]}")
+    assert all(math.exp(every[text]) <= leaf.weight for text, leaf in leaves.items())  # q is a chance
+    best = next(iter(leaves.values()))
+    assert abs(best.G - best.nodes()[0].parent.G) < 1e-12  # G(root) is the maximum over all leaves
 
 
 if __name__ == "__main__":

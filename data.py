@@ -52,8 +52,6 @@ class Problem:
 
 
 # ------------------------------------------------------------------------------------------------- the operands
-
-
 def parse_digits(digits):
     """'2' -> ((2, 2), (2, 2));  '2x3' -> ((2, 2), (3, 3));  '2-3' -> ((2, 3), (2, 3));  '1-2x4' -> ((1, 2), (4, 4)).
 
@@ -96,8 +94,6 @@ def make_problem(a, b, style="terse", prefill=None):
 
 
 # ---------------------------------------------------------------------------------------------------- the split
-
-
 def train_problem(seed, iteration, index, digits="2", style="terse"):
     """Problem `index` of `iteration`: a pure function of its arguments, never a held-out pair.
 
@@ -115,8 +111,8 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
 
     The first 100 of 500 are the 100.  Raises ValueError if the range does not hold n such pairs.
     """
-    if not 0 <= n <= 100_000:
-        raise ValueError(f"the number of evaluation problems must lie in [0, 100000], but is {n}")
+    if not 1 <= n <= 100_000:
+        raise ValueError(f"the number of evaluation problems must lie in [1, 100000], but is {n}")
     rng, ranges = random.Random(f"evaluation {seed}"), parse_digits(digits)
     drawn = (draw_operands(rng, ranges) for _ in range(min(2_000 + 200 * n, 1_000_000)))
     # In a small range the last pairs are drawn too rarely: then go through all of it.  (A range of more than 10 million
@@ -135,8 +131,6 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
 
 
 # ------------------------------------------------------------------------------------------ problems from a file
-
-
 def read_problems(path, prefill=None, any_answer=False):
     """Problems of a jsonl file: one object a line with `prompt` (text) and `answer` (whole number, or its digits);
     `difficulty` and `prefill` if you like.  any_answer: any JSON will do, or none; a reward of one's own reads it.
@@ -155,20 +149,13 @@ def pick_problem(problems, seed, iteration, index, per_iteration):
 
 
 # --------------------------------------------------------------------------------------------------- statistics
-
-
-def statistics(problems, encode=None):
-    """Counts by difficulty, ranges of operands and answers, and token lengths if `encode(text) -> ids` is given."""
-    span = lambda numbers: (min(numbers), max(numbers))
+def statistics(problems):
+    """Counts by difficulty; smallest and largest operand, answer, and length of a prompt in characters."""
+    span = lambda numbers: (min(numbers), max(numbers)) if numbers else None
     counts = collections.Counter(problem.difficulty for problem in problems)
     stats = {"problems": len(problems), "difficulty": dict(sorted(counts.items()))}
-    if problems[0].operands:
-        stats["operands"] = span([operand for problem in problems for operand in problem.operands])
-    stats["answers"] = span([problem.answer for problem in problems])
-    if encode:
-        stats["prompt_tokens"] = span([len(encode(problem.text)) for problem in problems])
-        stats["answer_tokens"] = max(len(encode(str(problem.answer))) for problem in problems)
-    return stats
+    stats["operands"] = span([operand for problem in problems for operand in problem.operands])
+    return stats | {"answers": span([p.answer for p in problems]), "prompt": span([len(p.text) for p in problems])}
 
 
 def main():
@@ -180,8 +167,6 @@ def main():
     try:
         if args.file:
             return print(args.file, statistics(read_problems(args.file)))
-        if args.n < 1:
-            raise ValueError(f"--n must be 1 or more, not {args.n}")
         held_out = eval_problems(args.n, args.digits)
         train = [train_problem(0, 0, index, args.digits) for index in range(2_000)]
     except (ValueError, OSError) as error:
@@ -189,8 +174,7 @@ def main():
         sys.exit(2)
     print(f"digits {args.digits}, prompts such as {train[0].text!r} with the answer {train[0].answer}")
     for name, problems in (("train (2000 draws)", train), ("evaluation", held_out)):
-        stats = statistics(problems, encode=list)  # one token a character, as the tiny base has it
-        print(f"\n{name}", *(f"  {key:14s} {value}" for key, value in stats.items()), sep="\n")
+        print(f"\n{name}", *(f"  {key:14s} {value}" for key, value in statistics(problems).items()), sep="\n")
 
     # What the file is for, asserted: no evaluation pair is trained on in either order, and a draw can be repeated.
     pairs = {frozenset(problem.operands) for problem in held_out}

@@ -11,9 +11,6 @@ Three ways to decode, all on the expander of astar_search.py:
     python eval.py --compare base.jsonl out.jsonl                         # a paired test on the same problems
     torchrun --standalone --nproc_per_node=2 eval.py --problems 500       # the same figures from two processes
     python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --completions 8 --max-new-tokens 512
-
---problems is --n by another name: torchrun takes an --n for its own --nnodes or --nproc-per-node and gives up, unless
-a `--` stands before the script's name.
 """
 
 import argparse
@@ -27,7 +24,6 @@ import torch
 from safetensors.torch import load_file
 
 import astar_search
-import data
 import fsdp
 import policy
 import reward as reward_module
@@ -35,8 +31,6 @@ import value as value_module
 
 
 # ====================================================================================================== figures
-
-
 def pass_at_k(n, correct, k):
     """Chance that k of n drawn completions, `correct` of them right, hold a right one.  Unbiased for k new draws (Chen
     et al. 2021, arXiv 2107.03374, eq. 1), and less noisy than to look at the first k alone."""
@@ -119,8 +113,6 @@ def report(result):
 
 
 # ===================================================================================================== decoding
-
-
 def guide(head, bounds, beta, use_head=True):
     """value(hidden (n, D)) -> V (n,), h (n,) in nats, for the expander; h = 0 unless use_head; None without a head."""
 
@@ -143,10 +135,7 @@ def load_head(folder, model, beta=None):
         weights = load_file(path)
         head = value_module.ValueHead(model.config.get_text_config().hidden_size, weights["inner.weight"].shape[0])
         head.load_state_dict(weights)
-        config, bounds = state["config"], state.get("reward_bounds")
-        if bounds is None:  # a run that is older than rewards of one's own
-            bounds = reward_module.Reward(config["format_bonus"], config["length_penalty"]).bounds
-        return guide(head.to(model.device), bounds, beta or config["beta"])
+        return guide(head.to(model.device), state["reward_bounds"], beta or state["config"]["beta"])
     except Exception as error:  # truncated, of another model, edited by hand: whatever it is, there is no head to use
         raise ValueError(f"{folder}: its value head cannot be read ({type(error).__name__})") from None
 
@@ -187,7 +176,7 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
              width=2, max_nodes=1024, batch=512, seed=0):  # fmt: skip
     """Returns (result, rows): figures for JSON, and one row a problem with its completions, verdicts and scores.
 
-    n: completions a problem (sample) or leaves (astar).
+    model: in eval mode; n: completions a problem (sample) or leaves (astar).
     result: problems, accuracy, accuracy_interval, format, completion_length, truncated, tokens_per_problem (model
     tokens); with decode="sample" also majority and pass@1, 2, 4, ... up to n; with "astar" majority, by leaf weight,
     and found (any leaf right); each also as NAME_by_difficulty; and seconds_per_problem.  All but the last can be
@@ -196,9 +185,7 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     the figures are the same for any number of them.
     """
     options = astar_search.Options(policy.stop_tokens(model, tokenizer), n, tau, width, max_new_tokens, max_nodes)
-    was_training, start = model.training, time.perf_counter()
-    model.eval()
-    rows, mine = [], list(fsdp.share(len(problems), ranks))
+    start, rows, mine = time.perf_counter(), [], list(fsdp.share(len(problems), ranks))
     for indices in (mine[i : i + batch] for i in range(0, len(mine), batch)):
         chosen = [problems[i] for i in indices]
         expander = astar_search.Expander(model, encode(tokenizer, chosen), max_new_tokens, value)
@@ -216,7 +203,6 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
                 completions.append(facts | {"truncated": leaf.truncated} | verdict)
             row = {"index": i, "prompt": p.prompt, "prefill": p.prefill, "truth": p.answer, "difficulty": p.difficulty}
             rows.append(row | {"model_tokens": spent, "completions": completions})
-    model.train(was_training)
     rows = sorted((row for part in fsdp.everyone(rows, ranks) for row in part), key=lambda row: row["index"])
     for row in rows:
         row["scores"] = scores(row, decode)
@@ -230,23 +216,7 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     return result | {"seconds_per_problem": (time.perf_counter() - start) / len(rows)}, rows
 
 
-# ======================================================================================= files and command line
-
-
-def write(path, text):
-    """A whole file or none: written aside, synced, renamed."""
-    aside = path + ".tmp"
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):  # a full disk, or Ctrl-C
-            os.remove(aside)
-
-
+# ================================================================================================ command line
 class OneSentence(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
@@ -260,43 +230,7 @@ class OneSentence(argparse.ArgumentParser):
 def main(argv=None):
     from experiments import eval_files  # the flags, and what is done with completions besides counting them
 
-    parser = eval_files.flags()
-    args = parser.parse_args(argv)
-    try:
-        eval_files.check(args)
-        if args.compare:
-            return print(eval_files.compare(*args.compare))
-        reward = reward_module.load(args.reward)
-        if args.eval_file:
-            problems = data.read_problems(args.eval_file, args.prefill, bool(args.reward))[: args.n]
-            if args.n and len(problems) < args.n:
-                raise ValueError(f"{args.eval_file} holds only {len(problems)} problems, fewer than --n {args.n}")
-        else:
-            problems = data.eval_problems(args.n or 500, args.digits, args.prompt, args.prefill)
-        ranks = fsdp.start("WORLD_SIZE" in os.environ, args.device)
-        # Before the work, not after it: an hour of decoding must not end at a file that cannot be written.
-        fsdp.agree(lambda: eval_files.check_output(args.json, args.overwrite) if ranks.is_main else None, ranks)
-        model, tokenizer = policy.load_policy(args.model, device=ranks.device)
-        astar_search.check_model(model)
-        policy.check_context(model, max(map(len, encode(tokenizer, problems))), args.max_new_tokens)
-        value = load_head(args.model, model)
-        if args.decode == "astar" and value is None:
-            print("eval.py: no value head beside this model, so the search is guided by log pi alone", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        unread = isinstance(error, OSError) and error.filename
-        parser.error(f"{error.filename} cannot be read ({error.strerror})" if unread else str(error))
-    same = {name: getattr(args, name) for name in ("decode", "tau", "width", "max_new_tokens", "max_nodes", "seed")}
-    result, rows = evaluate(model, tokenizer, problems, reward, ranks, n=args.completions, value=value, **same)
-    status = 0
-    if ranks.is_main:
-        print(f"{args.model}, {args.decode}\n{report(result)}")
-        eval_files.show_worst(rows, args.decode, args.show)
-        # What the file is for, asserted: the figure is a count over the rows.
-        right = sum(c["count"] * c["correct"] for row in rows for c in answers(row, args.decode))
-        drawn = sum(max(1, sum(c["count"] for c in answers(row, args.decode))) for row in rows)
-        assert abs(result["accuracy"] - right / drawn) < 1e-9
-        status = eval_files.save(args.json, result | {"flags": vars(args)}, rows)
-    fsdp.stop(ranks, status)
+    eval_files.main(argv)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # ============================================================================================== who and how many
-
-
 @dataclass(frozen=True)
 class Ranks:
     """Who we are: `rank` of `world_size`, on `device`.  mesh: the ranks a model is split over; None: not at all."""
@@ -99,8 +97,6 @@ def share(n, ranks):
 
 
 # ========================================================================================== what the ranks tell
-
-
 def everyone(said, ranks):
     """What each rank said, as a list by rank, on every rank.  `said` is anything that JSON can hold."""
     if ranks.world_size == 1:
@@ -143,8 +139,6 @@ def lost_peer(error):
 
 
 # ===================================================================================== sharding a finished model
-
-
 def shard(module, ranks, blocks=(), mixed_precision=False, offload=False):
     """Split a finished module's parameters over the ranks, in place, and move it to the device.
 
@@ -198,8 +192,6 @@ def gathered(*modules):
 
 
 # =============================================================================================== whole tensors
-
-
 def whole(tensor):
     """A tensor put together from all ranks' parts.  A collective: every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -230,34 +222,28 @@ def state_of(module):
 
 
 # ========================================================================================================== demo
-
-
 def main():
     """Five problems of unequal length, a sharded model and a whole one: the same loss, the same gradients."""
     ranks = start(distributed="WORLD_SIZE" in os.environ, device="cpu")
     say = print if ranks.is_main else lambda *words: None
-    lengths = [1, 7, 2, 5, 3]  # tokens of each problem
     torch.manual_seed(0)
     block = lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh())
-    reference = torch.nn.Sequential(block(), block(), block())
+    reference, inputs = torch.nn.Sequential(block(), block()), [torch.randn(length, 8) for length in (1, 7, 2, 5, 3)]
     model = copy.deepcopy(reference)
     model = shard(model, ranks, blocks=list(model))
-    inputs = [torch.randn(length, 8) for length in lengths]
-
-    mean = sum(reference(x).pow(2).sum() for x in inputs) / sum(lengths)  # the loss: a mean over all tokens
+    mean = sum(reference(x).pow(2).sum() for x in inputs) / sum(map(len, inputs))  # the loss: a mean over all tokens
     mean.backward()
 
-    mine = list(share(len(lengths), ranks))
-    tokens = total({"tokens": sum(lengths[i] for i in mine)}, ranks)["tokens"]
+    mine = list(share(len(inputs), ranks))
+    tokens = total({"tokens": sum(len(inputs[i]) for i in mine)}, ranks)["tokens"]
     for turn in range(max(everyone(len(mine), ranks))):  # as many backward passes on each rank, or they would wait
         x = inputs[mine[turn]] if turn < len(mine) else torch.zeros(1, 8)
         loss = model(x).pow(2).sum() / tokens * (turn < len(mine))
         (loss * ranks.world_size).backward()  # FSDP averages, we add
     worst = max((whole(p.grad) - q.grad).abs().max().item() for p, q in zip(model.parameters(), reference.parameters()))
     shares = everyone(mine, ranks)
-    say(f"{ranks.world_size} rank(s); problems of each: {shares}")
-    say(f"{tokens} tokens in all; largest difference of a gradient from the whole model's: {worst:.1e}")
-
+    say(f"{ranks.world_size} rank(s); problems of each: {shares}; {tokens} tokens in all")
+    say(f"largest difference of a gradient from the whole model's: {worst:.1e}")
     with gathered(model):
         for i in mine:  # some ranks run one forward, some two
             assert torch.allclose(model[0](inputs[i]), reference[0](inputs[i]), atol=1e-6)

@@ -26,10 +26,10 @@ import os
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 # ======================================================================================================= loading
-
-
 @contextlib.contextmanager
 def one_sentence(what):
     """Whatever fails inside becomes a ValueError of one line: no network, no such repository, broken JSON, ..."""
@@ -43,9 +43,6 @@ def one_sentence(what):
 def read_config(name):
     """The config of a Hugging Face model, from a folder or a hub id, without dropout.  Remote code is never run.
     Raises ValueError with one sentence that says what is missing."""
-    from transformers import AutoConfig
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
     python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)  # its retries are not our sentence
     if os.path.isfile(name):
@@ -65,8 +62,6 @@ def read_config(name):
 
 def load_tokenizer(name):
     """The tokenizer of a folder or a hub id.  Raises ValueError."""
-    from transformers import AutoTokenizer
-
     with one_sentence(f"--model {name}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         assert len(tokenizer("1*1=")["input_ids"]) > 0, "it gives no tokens for '1*1='"
@@ -79,8 +74,6 @@ def load_policy(name, dtype=torch.float32, device="cpu", gradient_checkpointing=
     freeze_blocks: the embeddings and the first n blocks get no gradient.  Remote code is never run; weights are
     safetensors.  Raises ValueError with one sentence that says what is missing.
     """
-    from transformers import AutoModelForCausalLM
-
     config = read_config(name)
     safe = dict(trust_remote_code=False, use_safetensors=True)
     with one_sentence(f"--model {name}: not a causal language model with safetensors weights"):
@@ -130,8 +123,6 @@ def check_context(model, prompt_tokens, max_new_tokens):
 
 
 # ======================================================================================================= scoring
-
-
 def score(model, tokens, mask, max_logits=1 << 24):
     """Score the tokens of a batch under the model as it is now.
 
@@ -146,9 +137,8 @@ def score(model, tokens, mask, max_logits=1 << 24):
     assert mask.shape == (B, T - 1)
     # Padding is on the right and the mask causal, so no real token sees padding: nothing to mask.  The ones say so.
     # The prefix before token t+1 ends at t, so nobody needs the hidden state of the last token.
-    prefixes = tokens[:, :-1]
-    ones = torch.ones_like(prefixes)
-    hidden = model.base_model(input_ids=prefixes, attention_mask=ones, use_cache=False).last_hidden_state  # (B, T-1, D)
+    prefixes = dict(input_ids=tokens[:, :-1], attention_mask=torch.ones_like(tokens[:, :-1]))
+    hidden = model.base_model(**prefixes, use_cache=False).last_hidden_state  # (B, T-1, D)
     rows, targets = hidden[mask], tokens[:, 1:][mask]  # (M, D), (M,)
     lm_head = model.get_output_embeddings()
 
@@ -171,18 +161,10 @@ def score(model, tokens, mask, max_logits=1 << 24):
 
 
 # ================================================================================================== leaf weights
-
-
 def normalise_weights(weight, problem):
     """Leaf weights (B,) that sum to one within each problem: the self-normalised estimate, consistent though no longer
     unbiased, in which every problem counts alike.  problem (B,) integers."""
     return weight / torch.bincount(problem, weight)[problem]
-
-
-def weighted_mean_std(x, weight):
-    """Mean and standard deviation of x under weights of the same shape."""
-    mean = (x * weight).sum() / weight.sum()
-    return mean, (((x - mean) ** 2 * weight).sum() / weight.sum()).sqrt()
 
 
 def moments(values, returns, weight):
@@ -201,16 +183,12 @@ def explained_variance(sums):
 
 
 # ======================================================================================================== losses
-
-
 def grpo_advantages(rewards, weight, problem):
     """A_i = (r_i - mean of its problem) / (standard deviation + 1e-6), mean and deviation weighted.  All (B,)."""
-    advantages = torch.zeros_like(rewards)
-    for p in problem.unique():
-        own = problem == p
-        mean, std = weighted_mean_std(rewards[own], weight[own])
-        advantages[own] = (rewards[own] - mean) / (std + 1e-6)
-    return advantages
+    r, w = rewards.double(), weight.double()  # equal rewards must be centred to 0, not to some 1e-7
+    mean = lambda x: (torch.bincount(problem, w * x) / torch.bincount(problem, w))[problem]
+    centred = r - mean(r)
+    return (centred / (mean(centred**2).sqrt() + 1e-6)).to(rewards.dtype)
 
 
 def em_advantages(targets, weight, problem):
@@ -269,19 +247,12 @@ def apo_loss(logp, ref_logp, mask, rewards, optimal_values, beta2, leaf_weights)
 
 
 # ========================================================================================================== demo
-
-
 def main():
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    tokens = torch.randint(40, (3, 9))
-    mask = torch.ones(3, 8, dtype=torch.bool)
-    mask[:, :3] = False  # a prompt of four tokens
-
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
+    tokens, mask = torch.randint(40, (3, 9)), torch.arange(8).expand(3, 8) >= 3  # a prompt of four tokens
     logp, entropy, _ = score(model, tokens, mask, max_logits=80)  # two tokens a chunk
     full = F.log_softmax(model(tokens).logits[:, :-1], dim=-1)  # (B, T-1, V)
     exact, H = full.gather(2, tokens[:, 1:, None]).squeeze(2), -(full.exp() * full).sum(-1)
@@ -305,7 +276,6 @@ def main():
     loss, _ = apo_loss(best.log()[:, None], pi.log()[:, None], torch.ones(2, 1), r, V, 1.0, torch.full((2,), 0.5))
     print(f"apo at the optimal policy {[round(p, 3) for p in best.tolist()]}: loss {loss:.1e}")
     assert loss < 1e-10
-    assert torch.allclose(grpo_advantages(r, torch.tensor([0.5, 0.5]), torch.tensor([0, 0])), r, atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,6 @@ def main():
         ("<answer> 408 </answer> so there", 1.0),  # right, but not well-formed
         ("<answer>409</answer>", -0.9),
         ("<answer>1</answer><answer>408</answer>", 1.0),  # the last one counts
-        ("<answer>0408</answer>", -1.0),  # leading zeros are refused
         ("<think>it is <answer>408</answer>", -1.0),  # a thought is not an answer
         ("408", -1.0),
     ):

@@ -10,22 +10,19 @@
     python train.py --resume auto                     # go on after a stop
     python train.py --eval-only --checkpoint runs/local/checkpoint_iter_360
 
-The loop is `main()`, one phase after the other.  Above it are the flags and the files a run writes.
+The loop is `main()`, one phase after the other.  Above it are the flags, checkpoints, and what the phases consist of; the
+folder of a run, with its lock and what is left of a stopped run, is in experiments/run_folder.py.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import gc
-import hashlib
 import importlib.util
-import json
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -35,7 +32,6 @@ import time
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import astar_search
 import data
@@ -44,12 +40,11 @@ import fsdp
 import policy
 import reward as reward_module
 import value as value_module
+from experiments import logs, memory, run_folder
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ======================================================================================================== flags
-
-
 def flag(default, help, choices=None, low=-math.inf, high=math.inf, above=-math.inf):
     """A Config field: its default, what it means, and what is allowed."""
     metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high}
@@ -157,18 +152,12 @@ PRESETS = {
         gradient_checkpointing="on", mixed_precision="bf16", problems_per_iteration=128, rollout_batch=32, cover=0.9,
     ),
 }  # fmt: skip
-# May differ between a run and its continuation: where and how fast it runs, what it writes.  A run with any other flag
-# changed would be a mixture of two, and no seed could give it again.  More iterations stretch the cosine of the rate.
-FREE_ON_RESUME = set(
-    "iterations device distributed cpu_offload output_dir eval_every checkpoint_every keep_checkpoints samples resume overwrite "
-    "micro_batch model rollout_batch wandb tensorboard".split()
-)
 
 
 def parse(argv):
     """argv -> (Config, args, refuse).  Anything wrong is one sentence on stderr and exit status 2."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = evaluation.OneSentence("train.py", description=__doc__, allow_abbrev=False, formatter_class=raw)
+    how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = evaluation.OneSentence("train.py", description=__doc__, **how)
     parser.add_argument("--config", choices=tuple(PRESETS), default="local", help="preset; flags change it")
     parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
     parser.add_argument("--checkpoint", help="checkpoint folder for --eval-only")
@@ -177,9 +166,9 @@ def parse(argv):
     fields = dataclasses.fields(Config)
     for f in fields:
         default = f" (default {f.default})" if f.default not in ("", False) else ""
-        text = f.metadata["help"].replace("%", "%%") + default
         how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
+        how |= {"help": f.metadata["help"] + default, "default": argparse.SUPPRESS}
+        parser.add_argument("--" + f.name.replace("_", "-"), **how)
     args = parser.parse_args(argv)
     try:
         if args.eval_only != bool(args.checkpoint):
@@ -187,121 +176,14 @@ def parse(argv):
         if args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < math.inf):
             raise ValueError("--gpu-memory GIB is for --dry-run, and above 0")
         # A checkpoint is evaluated as its run was configured; flags change it.
-        preset = read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]
+        preset = run_folder.read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]
         config = Config(**(preset | {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}))
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     return config, args, parser.error
 
 
-# ============================================================================================= files of a run
-
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
-
-
-def checkpoints(folder):
-    """Checkpoint folders, oldest first.  A folder has this name only from when everything is in it until it goes."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = [(int(name.rpartition("_")[2]), name) for name in names if re.fullmatch(r"checkpoint_iter_\d+", name)]
-    return [os.path.join(folder, name) for _, name in sorted(found)]
-
-
-def find_start(config):
-    """Where the run begins: (checkpoint folder or "", its trainer state with the checkpoints that are there).  Changes
-    nothing.  A damaged checkpoint is passed over for the one before it, and that is said.  Raises ValueError if the
-    output folder cannot be used, or no checkpoint is whole, or its run had other flags."""
-    folder, found, resume = os.path.abspath(config.output_dir), checkpoints(config.output_dir), config.resume
-    if os.path.isfile(folder):
-        raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
-    held = found + [name for name in RUN_FILES if os.path.exists(os.path.join(folder, name))]
-    if "config.json" in held:
-        with open(os.path.join(folder, "config.json")) as file:
-            if '"output_dir"' not in file.read():  # a model's: nobody wants it cleared for a run
-                raise ValueError(f"--output-dir {folder}: its config.json is not a run's, so the folder is left alone")
-    for path in (config.model, config.train_file, config.eval_file):
-        if config.overwrite and path and os.path.abspath(path).startswith(folder + os.sep):
-            raise ValueError(f"--overwrite would remove {path}, which this run needs: give another --output-dir")
-    own = resume == "auto" or resume and os.path.dirname(os.path.abspath(resume)) == folder
-    if held and not (own or config.overwrite):
-        raise ValueError(f"--output-dir {folder} holds another run: add --resume auto, --overwrite or another --output-dir")
-    candidates = found[::-1] if resume == "auto" else [resume] if resume else []
-    for source, older in zip(candidates, candidates[1:] + [None]):
-        try:
-            state = read_state(source)
-        except ValueError as error:
-            if older is None:
-                raise
-            print(f"train.py: {error}; going back to {older}", file=sys.stderr)
-            continue
-        for name, x in (dataclasses.asdict(Config()) | state["config"]).items():  # a flag younger than it was at its default
-            free = name in FREE_ON_RESUME and not (name == "model" and config.loss == "apo")  # apo's pi_ref is the base
-            given, flag_name = getattr(config, name, x), name.replace("_", "-")
-            if not free and given != x:
-                raise ValueError(f"--{flag_name} {given} differs from the {x} that {source} was trained with")
-        return source, state | {"found": found}
-    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0, "found": found}
-
-
-def open_output(config, source, iteration, found):
-    """Make the output folder ready to go on from `source`, after `iteration`: a new run starts empty, a resumed one is
-    cut back.  found: the checkpoints that find_start saw.  Returns the lock that keeps other runs out, a file handle;
-    the system drops it however this process ends."""
-    folder = config.output_dir
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        why = "another run is writing there" if isinstance(error, BlockingIOError) else error.strerror
-        raise ValueError(f"--output-dir {folder}: {why}; give another folder") from None
-    if checkpoints(folder) != found:  # asked again: loading the model took its time
-        raise ValueError(f"--output-dir {folder}: another run has just written there: start again")
-    for path in (os.path.join(folder, name) for name in RUN_FILES[1:]):
-        kept = []  # lines after the checkpoint will be written again; one cut short by a kill is dropped
-        if source and os.path.exists(path):
-            try:
-                with open(path) as file:
-                    kept = [line for line in file if line.endswith("\n") and json.loads(line)["iteration"] <= iteration]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path} is damaged: a line of it is not a JSON object with an iteration") from None
-        evaluation.write(path, "".join(kept))
-    prune(config, iteration)
-    evaluation.write(os.path.join(folder, "config.json"), json.dumps(dataclasses.asdict(config), indent=1))
-    return lock
-
-
-def prune(config, iteration):
-    """Remove the checkpoints after `iteration`, which are of a run that went further and would be taken for this one's,
-    and all but the newest of the others.  A checkpoint loses its name first, so that a kill leaves no half of one."""
-    found = checkpoints(config.output_dir)
-    kept = [path for path in found if int(path.rpartition("_")[2]) <= iteration][-config.keep_checkpoints :]
-    for path in (path for path in found if path not in kept):
-        os.rename(path, os.path.join(config.output_dir, "." + os.path.basename(path)))
-    for name in os.listdir(config.output_dir):  # and what a killed run was just writing or removing
-        if name.startswith(".checkpoint_iter_"):
-            shutil.rmtree(os.path.join(config.output_dir, name))
-
-
-def sync(path):
-    """Make a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def append(path, rows):
-    """Lines of JSON at the end of a file, on the disk when this returns."""
-    with open(path, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    sync(path)
-
-
-def fingerprint(path):
-    """Size and checksum of a file, for the manifest."""
-    with open(path, "rb") as file:
-        return {"bytes": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
+# ================================================================================================== checkpoints
 def named_parameters(model, head):
     """Every weight by name.  Adam's moments are saved under it, not by number or rank: so they outlive a change in the
     number of ranks."""
@@ -325,37 +207,12 @@ def save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progre
         tokenizer.save_pretrained(aside)
         save_file(head_weights, os.path.join(aside, "value.safetensors"))
         save_file(moments, os.path.join(aside, "optimizer.safetensors"))
-        paths = {name: os.path.join(aside, name) for name in sorted(os.listdir(aside))}
-        state = {"iteration": iteration, **progress, "files": {name: fingerprint(path) for name, path in paths.items()}}
-        state["config"] = dataclasses.asdict(config)
-        evaluation.write(os.path.join(aside, "trainer_state.json"), json.dumps(state, indent=1))
-        for path in (*paths.values(), aside):
-            sync(path)
-        os.rename(aside, final)  # only now is it a checkpoint, and only after that may an older one go
-        sync(config.output_dir)
+        run_folder.seal(aside, final, {"iteration": iteration, **progress, "config": dataclasses.asdict(config)})
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{final} cannot be written ({error})") from None
-    prune(config, iteration)
+    run_folder.prune(config, iteration)  # only now may an older one go
     return final
-
-
-def read_state(folder):
-    """trainer_state.json of a checkpoint, after checking that every file it names is there and whole.  Raises
-    ValueError that names the first file which is not."""
-    name = "trainer_state.json"
-    try:
-        with open(os.path.join(folder, name)) as file:
-            state = json.load(file)
-        dict(state["config"]), state["iteration"] + state["model_tokens"] + state["seconds"]
-        for name, written in state["files"].items():
-            if fingerprint(os.path.join(folder, name)) != written:
-                raise ValueError("its size or checksum is not the one written")
-    except OSError as error:
-        raise ValueError(f"{folder} is not a complete checkpoint: {name}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: {name} is damaged ({type(error).__name__}: {error})") from None
-    return state
 
 
 def restore(folder, model, head, optimizer):
@@ -382,8 +239,6 @@ def hold(numbers, received):
 
 
 # ================================================================================================ the phases
-
-
 def load_everything(config, source, reward, ranks):
     """What a run needs besides the optimiser: (model, tokenizer, value head, base model for apo or None, problems of
     --train-file or None, evaluation problems).  Raises ValueError with the first thing that is wrong."""
@@ -395,9 +250,8 @@ def load_everything(config, source, reward, ranks):
         eval_set = data.eval_problems(config.eval_problems, config.digits, config.prompt)
     # A model to be sharded is loaded on the CPU; each block moves to the device when it is split.
     device = ranks.device if ranks.mesh is None else "cpu"
-    model, tokenizer = policy.load_policy(
-        source or config.model, torch.float32, device, config.gradient_checkpointing == "on", config.freeze_blocks
-    )
+    how = (torch.float32, device, config.gradient_checkpointing == "on", config.freeze_blocks)
+    model, tokenizer = policy.load_policy(source or config.model, *how)
     astar_search.check_model(model)
     examples = train_file or [data.train_problem(config.seed, 0, i, config.digits, config.prompt) for i in range(64)]
     for problem in (examples[0], eval_set[0]):  # a reward of one's own may fail: now, and not after hours
@@ -405,8 +259,7 @@ def load_everything(config, source, reward, ranks):
             reward.judge(problem, problem.prefill + text)
     longest = max(map(len, evaluation.encode(tokenizer, examples + eval_set)))
     policy.check_context(model, longest, config.max_new_tokens)
-    # Could a search find K different leaves?  Each node that it expands adds at most V - 1 of them to a tree of one;
-    # at depth T there are at most V^T.
+    # Each node that a search expands adds at most V - 1 leaves to a tree of one; at depth T there are at most V^T.
     V, T = model.get_output_embeddings().weight.shape[0], config.max_new_tokens
     most = min(config.max_nodes * (V - 1) + 1, V ** min(T, 64))
     if config.rollout == "astar" and config.rollouts_per_problem > most:
@@ -419,19 +272,17 @@ def load_everything(config, source, reward, ranks):
             head.load_state_dict(load_file(os.path.join(source, "value.safetensors")))
         except RuntimeError:
             raise ValueError(f"{source}: its value head is of another model size") from None
-    base = None
-    if config.loss == "apo":  # pi_ref: the base as it was before any training
-        base = policy.load_policy(config.model, torch.float32, device)[0].requires_grad_(False)
+    apo = config.loss == "apo"  # pi_ref: the base as it was before any training
+    base = policy.load_policy(config.model, torch.float32, device)[0].requires_grad_(False) if apo else None
     return model, tokenizer, head, base, train_file, eval_set
 
 
 def draw_problems(config, iteration, ranks, from_file):
     """This rank's share of the iteration's problems, and their global numbers."""
     N = config.problems_per_iteration
-    indices = list(fsdp.share(N, ranks))
-    if from_file:  # iterations count from 1, the epochs of a file from 0
-        return [data.pick_problem(from_file, config.seed, iteration - 1, i, N) for i in indices], indices
-    return [data.train_problem(config.seed, iteration, i, config.digits, config.prompt) for i in indices], indices
+    made = lambda i: data.train_problem(config.seed, iteration, i, config.digits, config.prompt)
+    read = lambda i: data.pick_problem(from_file, config.seed, iteration - 1, i, N)  # the epochs of a file count from 0
+    return [(read if from_file else made)(i) for i in fsdp.share(N, ranks)], list(fsdp.share(N, ranks))
 
 
 def make_rollouts(model, tokenizer, problems, keys, config, reward, value, kind, K):
@@ -521,17 +372,16 @@ def credit(rollouts, verdicts, reward, config):
 def losses(score, head, part, config, token_total, leaf_total):
     """Policy and value loss of one micro-batch of rollouts, on its device: (loss, metrics), both sums over the
     micro-batch divided by totals of the whole minibatch, so that micro-batches and ranks add up."""
-    mask, extra, rewards = part.mask, part.extra, part.extra["rewards"]
+    mask, old, extra, rewards = part.mask, part.logprobs, part.extra, part.extra["rewards"]
     weights = extra["leaf_weight"][:, None] * mask / token_total  # (B, T-1): a leaf counts by its weight and its tokens
     logp, entropy, hidden = score(part.tokens, mask)
     if config.loss == "apo":
-        V_star, leaf_weights = extra["optimal_value"], extra["leaf_weight"] / leaf_total
-        how = (config.beta2, leaf_weights)
-        policy_loss, metrics = policy.apo_loss(logp, extra["ref_logprobs"], mask, rewards, V_star, *how)
+        known = extra["ref_logprobs"], mask, rewards, extra["optimal_value"]
+        policy_loss, metrics = policy.apo_loss(logp, *known, config.beta2, extra["leaf_weight"] / leaf_total)
     else:  # grpo and em differ from ppo in their advantages alone
-        how = (config.clip, config.entropy_coef)
-        policy_loss, metrics = policy.ppo_loss(logp, part.logprobs, extra["advantages"], entropy, weights, *how)
-    metrics |= policy.ratio_metrics(logp, part.logprobs, entropy, weights, config.clip)
+        known = old, extra["advantages"], entropy, weights
+        policy_loss, metrics = policy.ppo_loss(logp, *known, config.clip, config.entropy_coef)
+    metrics |= policy.ratio_metrics(logp, old, entropy, weights, config.clip)
     V, u_logit = head(hidden)
     returns, targets = (value_module.monte_carlo_returns(x, mask) for x in (rewards, extra["soft_targets"]))
     value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, weights)
@@ -600,15 +450,10 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
     weight, mask, stats = rollouts.extra["leaf_weight"], rollouts.mask, rollouts.stats
     add = lambda x: (weight * torch.as_tensor(x, dtype=torch.float32)).sum().item()
     correct = [verdict["correct"] for verdict in verdicts]
-    means = {
-        "reward_mean": add(rollouts.extra["rewards"]),
-        "rollout_accuracy": add(correct),
-        "unique_correct": len({(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}),
-        "leaves": len(rollouts),
-        "mass": stats["mass"],
-        "truncated": add(rollouts.truncated),
-        "completion_length": add(rollouts.length - rollouts.prompt_length),
-    }
+    different = {(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}
+    means = {"reward_mean": add(rollouts.extra["rewards"]), "rollout_accuracy": add(correct), "unique_correct": len(different)}
+    means |= {"leaves": len(rollouts), "mass": stats["mass"], "truncated": add(rollouts.truncated)}
+    means |= {"completion_length": add(rollouts.length - rollouts.prompt_length)}
     returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
     moments = policy.moments(rollouts.values, returns, weight[:, None] * mask)
     counts = {name: stats[name] for name in ("model_tokens", "forwards", "pruned")}
@@ -621,16 +466,15 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
 
 def some_samples(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
     """Rows for samples.jsonl: one leaf of each of a few problems, chosen by (seed, iteration), wherever they are."""
-    N = config.problems_per_iteration
+    N, rows = config.problems_per_iteration, []
     chosen = random.Random(f"samples {config.seed} {iteration}").sample(range(N), min(config.samples, N))
-    rows = []
     for p, index in enumerate(indices):
         own = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
         if index in chosen and own:
             i = random.Random(f"leaf {config.seed} {iteration} {index}").choice(own)
             row = {"iteration": iteration, "prompt": problems[p].prompt, "completion": texts[i], "truth": problems[p].answer}
             numbers = {"weight": rollouts.extra["leaf_weight"][i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
-            rows.append((chosen.index(index), row | verdicts[i] | {name: x.item() for name, x in numbers.items()}))
+            rows.append((index, row | verdicts[i] | {name: x.item() for name, x in numbers.items()}))
     return [row for _, row in sorted(sum(fsdp.everyone(rows, ranks), []))]
 
 
@@ -638,7 +482,7 @@ def what_failed(error, ranks):
     """One sentence for an exception that is not a mistake in the code; one that is goes on: its traceback is wanted."""
     rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes (--dry-run says what needs what)"
+        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes (see --dry-run)"
     if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError)) or type(error) is LookupError:
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
@@ -655,16 +499,12 @@ def timed(phases, name):
 
 
 # ===================================================================================================== the loop
-
-
 def main(argv=None):
     config, args, refuse = parse(argv)
 
     # ------------------------------------------------------------------ set-up: all that can be wrong is said here
     try:
         if args.dry_run:
-            from experiments import memory
-
             return memory.dry_run(config, args.gpu_memory)
         reward = reward_module.load(config.reward, config.format_bonus, config.length_penalty)
         bf16 = config.mixed_precision == "bf16"
@@ -672,12 +512,12 @@ def main(argv=None):
         if config.cpu_offload and ranks.device.type == "cpu":
             raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
         on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
-        begin = lambda: (args.checkpoint, {}) if args.eval_only else find_start(config)
+        begin = lambda: (args.checkpoint, {}) if args.eval_only else run_folder.find_start(config)
         source, state = fsdp.everyone(on_main(begin), ranks)[0]
-        loaded = fsdp.agree(lambda: load_everything(config, source, reward, ranks), ranks)
-        model, tokenizer, head, base, train_file, eval_set = loaded
         if state.get("reward_bounds", [*reward.bounds]) != [*reward.bounds]:
             raise ValueError(f"--reward: its bounds are not the {state['reward_bounds']} that {source} was trained with")
+        loaded = fsdp.agree(lambda: load_everything(config, source, reward, ranks), ranks)
+        model, tokenizer, head, base, train_file, eval_set = loaded
         shard = functools.partial(fsdp.shard, ranks=ranks, offload=config.cpu_offload)
         model, head = shard(model, blocks=policy.blocks_of(model), mixed_precision=bf16), shard(head)
         base = base and shard(base, blocks=policy.blocks_of(base), mixed_precision=bf16)
@@ -692,40 +532,33 @@ def main(argv=None):
                 fsdp.agree(lambda: restore(source, model, head, optimizer), ranks)
             log_too = None
             if config.wandb or config.tensorboard:
-                from experiments import logs
-
                 log_too = on_main(lambda: logs.start(config, iteration + bool(source)))
             # The last thing to go wrong: until here nothing was written, from here on the folder is ours.
-            lock = on_main(lambda: open_output(config, source, iteration, state["found"]))
+            lock = on_main(lambda: run_folder.open_output(config, source, iteration, state["found"]))
     except (ValueError, OSError) as error:
         refuse(str(error))
     score = fsdp.through(model, policy.score)
     value = evaluation.guide(head, reward.bounds, config.beta, config.guide == "head")
-    say = tqdm.write if ranks.is_main else lambda line, file=None: None  # print would write on the bar's line
+    say = functools.partial(print, flush=True) if ranks.is_main else lambda line, file=None: None
 
     def evaluate():
+        how = {name: getattr(config, name) for name in ("max_new_tokens", "width", "max_nodes")}
+        how |= dict(decode=config.eval_decode, value=value, n=config.rollouts_per_problem, batch=config.rollout_batch)
         with fsdp.gathered(model, head):
-            return evaluation.evaluate(
-                model, tokenizer, eval_set, reward, ranks, decode=config.eval_decode, value=value, n=config.rollouts_per_problem,
-                max_new_tokens=config.max_new_tokens, width=config.width, max_nodes=config.max_nodes, batch=config.rollout_batch,
-            )[0]  # fmt: skip
+            return evaluation.evaluate(model, tokenizer, eval_set, reward, ranks, **how)[0]
 
     if args.eval_only:
         say(evaluation.report(evaluate()))
         return fsdp.stop(ranks)
 
     # ------------------------------------------------------------------------------------------------ first words
-    metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in RUN_FILES[1:])
-    log = append if ranks.is_main else lambda path, rows: None
+    metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in run_folder.RUN_FILES[1:])
+    log = run_folder.append if ranks.is_main else lambda path, rows: None
     size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
     say(f"{config.model}: {size(model.parameters())} parameters, {size(trained)} trained; value head {size(head.parameters())}")
-    say(f"{config.rollout}, {config.problems_per_iteration} problems x at most {config.rollouts_per_problem}; loss {config.loss}")
-    say(f"on {ranks.device}, {ranks.world_size} rank{'s' * (ranks.world_size > 1)} of {torch.get_num_threads()} threads; "
-        f"{len(eval_set)} held-out problems; writing to {config.output_dir}")  # fmt: skip
-    if source:
-        say(f"resumed from {source}, after iteration {iteration}")
-    elif config.resume:
-        say(f"--resume auto: no checkpoint in {config.output_dir} yet, so this is the beginning")
+    say(f"{config.rollout}, {config.loss}, on {ranks.device}, ranks: {ranks.world_size}, of {torch.get_num_threads()} threads")
+    if config.resume:
+        say(f"resumed from {source or 'the beginning: there is no checkpoint yet'}, after iteration {iteration}")
 
     start, phases, evaluated = time.perf_counter(), {}, {}
     seconds = lambda: earlier + time.perf_counter() - start  # of the run, over all its resumes
@@ -738,7 +571,6 @@ def main(argv=None):
                 result = evaluate()
             row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
             row["eval_length"], evaluated[n] = result["completion_length"], result["accuracy"]
-            bar.set_description(f"eval {result['accuracy']:.3f}")
         row["seconds"] = seconds()
         log(metrics_path, [row])
         if log_too:
@@ -749,19 +581,15 @@ def main(argv=None):
             progress = {"model_tokens": model_tokens, "seconds": seconds(), "reward_bounds": reward.bounds}
             return save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progress, ranks)
 
-    # SIGTERM, a preempting scheduler's, waits for the end of the iteration.  Ctrl-C breaks in at once but within an
-    # update; with other ranks it waits too, which would be left waiting.
     received, stopped, failure, saved = [], None, "", source
-    held = (signal.SIGTERM,) if ranks.world_size == 1 else (signal.SIGTERM, signal.SIGINT)
     heard = lambda: next((number for told in fsdp.everyone(received, ranks) for number in told), None)
     gc.freeze()  # what is here stays: Python's collector, which the nodes of a search wake often, need not look at it
-    bar = tqdm(total=config.iterations, initial=iteration, unit="iteration", disable=None if ranks.is_main else True)
     try:
-        with contextlib.suppress(KeyboardInterrupt), hold(held, received):
+        with hold((signal.SIGTERM, signal.SIGINT), received):  # a preempting scheduler's, and Ctrl-C
             if not source:
                 row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
                 record(row)
-                say(f"before training: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
+                say(f"before: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
 
             while iteration < config.iterations and not (stopped := heard()):
                 n = iteration + 1
@@ -795,42 +623,34 @@ def main(argv=None):
                     # V*(x) = beta1 log mean exp(r/beta1)
                     optimal = policy.optimal_value(drawn.view(len(problems), config.apo_samples), config.beta1)
                     rollouts.extra["optimal_value"] = optimal[rollouts.problem]
-                if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and the ratio must be 1
+                if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and ratio must be 1
                     with timed(phases, "update"), fsdp.gathered(model):
                         rollouts.logprobs = score_all(model, rollouts, indices, config, n, ranks.device)
 
-                with hold([signal.SIGINT], received):
-                    # ------------------------------------------------------------------------------- 4. the update
-                    # From here to the checkpoint Ctrl-C waits: half an update is no policy that anybody trained.
-                    with timed(phases, "update"):
-                        learned |= update(model, score, head, optimizer, rollouts, indices, config, n, ranks)
-                    iteration, model_tokens = n, model_tokens + spent
+                # ----------------------------------------------------------------------------------- 4. the update
+                with timed(phases, "update"):
+                    learned |= update(model, score, head, optimizer, rollouts, indices, config, n, ranks)
+                iteration, model_tokens = n, model_tokens + spent
 
-                    # ---------------------------------------------------------------------------------- 5. the log
-                    row = {"iteration": n, "seconds": 0.0, "model_tokens": model_tokens} | learned
-                    row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
-                    record(row)
-                    log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
-                    say(f"{n:4d}/{config.iterations}  accuracy {row['rollout_accuracy']:.3f}  reward {row['reward_mean']:+.2f}  "
-                        f"length {row['completion_length']:5.1f}  leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  "
-                        f"clip {row['clip_fraction']:.2f}  entropy {row['entropy']:.2f}  tokens {model_tokens:,d}  "
-                        f"seconds {row['seconds']:.0f}" + (f"  | eval {evaluated[n]:.3f}" if n in evaluated else ""))  # fmt: skip
-                    sys.stdout.flush()
-                    bar.set_postfix_str(f"accuracy {row['rollout_accuracy']:.3f}")
-                    bar.update()
+                # -------------------------------------------------------------------------------------- 5. the log
+                row = {"iteration": n, "seconds": 0.0, "model_tokens": model_tokens} | learned
+                row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
+                record(row)
+                log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
+                say(f"{n:4d}/{config.iterations}  accuracy {row['rollout_accuracy']:.3f}  reward {row['reward_mean']:+.2f}  "
+                    f"length {row['completion_length']:5.1f}  leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  "
+                    f"clip {row['clip_fraction']:.2f}  entropy {row['entropy']:.2f}  tokens {model_tokens:,d}  "
+                    f"seconds {row['seconds']:.0f}" + (f"  | eval {evaluated[n]:.3f}" if n in evaluated else ""))  # fmt: skip
 
-                    # ---------------------------------------------------------------------------- 6. the checkpoint
-                    # No random state is in it: problems, noise and order are functions of (seed, iteration, index).
-                    if n % config.checkpoint_every == 0 or n == config.iterations:
-                        saved = keep()
-        if iteration < config.iterations:  # a signal that waited, or a Ctrl-C that broke in: its iteration is dropped
-            stopped = stopped or signal.SIGINT
-            if iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
+                # -------------------------------------------------------------------------------- 6. the checkpoint
+                # No random state is in it: problems, noise and order are functions of (seed, iteration, index).
+                if n % config.checkpoint_every == 0 or n == config.iterations:
+                    saved = keep()
+            if stopped and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
                 saved = keep()
     except Exception as error:
         failure = what_failed(error, ranks)
     finally:
-        bar.close()
         if ranks.is_main:
             os.close(lock)
 
@@ -838,18 +658,17 @@ def main(argv=None):
     if failure:
         print(f"train.py: stopped: {failure}; the last good checkpoint is {saved or 'none'}", file=sys.stderr)
         sys.exit(1)
-    if iteration < config.iterations:
+    if stopped:
         go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
         name, status = ("SIGTERM", 0) if stopped == signal.SIGTERM else ("Ctrl-C", 130)
         say(f"train.py: stopped by {name} after iteration {iteration}; {go_on}", file=sys.stderr)
         return fsdp.stop(ranks, status)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-    if ranks.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
+    on_gpu, on_host = ranks.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else on_host
+    say(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: "
+        + ", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items()))  # fmt: skip
     where_time_went = ", ".join(f"{name} {t:.0f} s" for name, t in phases.items())
-    curve = ", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items())
-    say(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: {curve}")
-    say(f"{model_tokens:,} model tokens in {seconds():.0f} s ({where_time_went}); peak memory of a rank {memory:.2f} GiB")
+    say(f"{model_tokens:,} model tokens in {seconds():.0f} s ({where_time_went}); peak memory of a rank {peak:.2f} GiB")
     say(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved}")
     fsdp.stop(ranks)
 

@@ -111,12 +111,10 @@ def main():
     h = soft_value(torch.logit(u), r_lo, r_hi, beta)
     exact = torch.logsumexp(chances.log() + rewards / beta, dim=0)
     from_v = soft_value(torch.logit((V - r_lo) / (r_hi - r_lo)), r_lo, r_hi, beta)
-    print(f"P(right) = .1:  V = {V:.4f}   u = {u:.4f}   h = {h:.4f} nats   log E exp(r/beta) = {exact:.4f}")
-    print(f"the same from V alone, an upper bound: {from_v:.4f}")
+    print(f"V = {V:.4f}   u = {u:.4f}   h = {h:.4f} nats   log E exp(r/beta) = {exact:.4f}   from V alone: {from_v:.4f}")
     assert abs(h - exact) < 1e-9 and from_v > h
 
-    # GAE on three tokens: V = (.2, .5, .1), reward 1 at the end, lambda = 1/2
-    #   delta = (.5 - .2, .1 - .5, 1 - .1) = (.3, -.4, .9);   A_3 = .9, A_2 = -.4 + .45 = .05, A_1 = .3 + .025 = .325
+    # By hand: delta = (.5 - .2, .1 - .5, 1 - .1) = (.3, -.4, .9);   A_3 = .9, A_2 = -.4 + .45 = .05, A_1 = .3 + .025 = .325
     values, mask = torch.tensor([[0.2, 0.5, 0.1]]), torch.ones(1, 3)
     advantages = gae(torch.tensor([1.0]), values, mask, lam=0.5)
     print("GAE(lambda = .5) of V = (.2, .5, .1) and r = 1:", [round(x, 4) for x in advantages[0].tolist()])

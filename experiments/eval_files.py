@@ -1,5 +1,5 @@
-"""The flags of eval.py, and what it does with completions besides counting them: it writes them to a file (--json),
-compares two such files (--compare) and prints the worst (--show).
+"""The command line of eval.py, and what it does with completions besides counting them: it writes them to a file
+(--json), compares two such files (--compare) and prints the worst (--show).
 
     python eval.py --decode sample --json sample.json         # sample.json: the figures; sample.jsonl: a row a problem
     python eval.py --decode astar --json astar.json
@@ -18,8 +18,13 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import astar_search  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import fsdp  # noqa: E402
+import policy  # noqa: E402
+import reward as reward_module  # noqa: E402
+from experiments import run_folder  # noqa: E402
 
 # ========================================================================================================= flags
 
@@ -31,6 +36,7 @@ def flags():
     add = parser.add_argument
     add("--model", default=str(ROOT / "tiny_base"), help="folder or hub id of a causal language model")
     add("--decode", choices=("greedy", "sample", "astar"), default="greedy")
+    # Under torchrun --problems: it takes an --n for its own --nnodes or --nproc-per-node and gives up.
     add("--n", "--problems", type=int, metavar="N", help="held-out problems (500; with --eval-file all of it)")
     add("--completions", type=int, default=8, help="completions a problem (sample), leaves a problem (astar)")
     add("--digits", default="2", help="digits per operand: 2, 3, 2x3, 2-3, ...")
@@ -87,8 +93,8 @@ def save(path, result, rows):
     if path is None:
         return 0
     try:
-        evaluation.write(path + "l", "".join(json.dumps(row) + "\n" for row in rows))
-        evaluation.write(path, json.dumps(result, indent=1) + "\n")
+        run_folder.write(path + "l", "".join(json.dumps(row) + "\n" for row in rows))
+        run_folder.write(path, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         print(f"eval.py: --json {path} cannot be written ({error.strerror})", file=sys.stderr)
         return 2
@@ -181,3 +187,47 @@ def show_worst(rows, decode, each):
         print(f"\n{kind} ({count})")
         for row, c in pairs:
             print(f"  {row['prompt']}{c['text']}   read {c['answer']}, right is {row['truth']}")
+
+
+# ===================================================================================================== the command
+
+
+def main(argv=None):
+    """python eval.py."""
+    parser = flags()
+    args = parser.parse_args(argv)
+    try:
+        check(args)
+        if args.compare:
+            return print(compare(*args.compare))
+        reward = reward_module.load(args.reward)
+        if args.eval_file:
+            problems = data.read_problems(args.eval_file, args.prefill, bool(args.reward))[: args.n]
+            if args.n and len(problems) < args.n:
+                raise ValueError(f"{args.eval_file} holds only {len(problems)} problems, fewer than --n {args.n}")
+        else:
+            problems = data.eval_problems(args.n or 500, args.digits, args.prompt, args.prefill)
+        ranks = fsdp.start("WORLD_SIZE" in os.environ, args.device)
+        # Before the work, not after it: an hour of decoding must not end at a file that cannot be written.
+        fsdp.agree(lambda: check_output(args.json, args.overwrite) if ranks.is_main else None, ranks)
+        model, tokenizer = policy.load_policy(args.model, device=ranks.device)
+        astar_search.check_model(model)
+        policy.check_context(model, max(map(len, evaluation.encode(tokenizer, problems))), args.max_new_tokens)
+        value = evaluation.load_head(args.model, model)
+        if args.decode == "astar" and value is None:
+            print("eval.py: no value head beside this model, so the search is guided by log pi alone", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        unread = isinstance(error, OSError) and error.filename
+        parser.error(f"{error.filename} cannot be read ({error.strerror})" if unread else str(error))
+    same = {name: getattr(args, name) for name in ("decode", "tau", "width", "max_new_tokens", "max_nodes", "seed")}
+    result, rows = evaluation.evaluate(model, tokenizer, problems, reward, ranks, n=args.completions, value=value, **same)
+    status = 0
+    if ranks.is_main:
+        print(f"{args.model}, {args.decode}\n{evaluation.report(result)}")
+        show_worst(rows, args.decode, args.show)
+        # What the file is for, asserted: the figure is a count over the rows.
+        right = sum(c["count"] * c["correct"] for row in rows for c in evaluation.answers(row, args.decode))
+        drawn = sum(max(1, sum(c["count"] for c in evaluation.answers(row, args.decode))) for row in rows)
+        assert abs(result["accuracy"] - right / drawn) < 1e-9
+        status = save(args.json, result | {"flags": vars(args)}, rows)
+    fsdp.stop(ranks, status)

@@ -16,7 +16,7 @@ import gc
 import json
 import os
 import pathlib
-import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -96,9 +96,9 @@ def figure(what, ratio, target="", **facts):
 
 @functools.cache
 def model_of(name):
-    """The tiny base, or random weights in a shape."""
-    if name == "tiny":
-        return policy.load_policy(str(ROOT / "tiny_base"))[0].requires_grad_(False)
+    """The tiny base, as it is or after ten iterations, or random weights in a shape."""
+    if name in ("tiny", "tiny, learned"):
+        return policy.load_policy(str(ROOT / "tiny_base") if name == "tiny" else learned())[0].requires_grad_(False)
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPES[name], tie_word_embeddings=True, max_position_embeddings=4096)
     return Qwen2ForCausalLM(config).eval().requires_grad_(False)
@@ -106,7 +106,7 @@ def model_of(name):
 
 def prompts_of(name, n, length=None):
     """n prompts: the main job's for the tiny base, else random ones of a length."""
-    if name == "tiny":
+    if name.startswith("tiny"):
         tokenizer = policy.load_tokenizer(str(ROOT / "tiny_base"))
         return evaluation.encode(tokenizer, [data.train_problem(0, 1, i, "2", "terse") for i in range(n)])
     return torch.randint(SHAPES[name]["vocab_size"], (n, length), generator=torch.Generator().manual_seed(0)).tolist()
@@ -114,7 +114,7 @@ def prompts_of(name, n, length=None):
 
 def rollouts_of(method, name, prompts, batch=None, **options):
     """Rollouts by search or sample, `batch` problems in lock-step.  Returns (Rollouts, the last Expander)."""
-    options = astar_search.Options(**{"eos": (1,) if name == "tiny" else ()} | options)
+    options = astar_search.Options(**{"eos": (1,) if name.startswith("tiny") else ()} | options)
     parts, batch = [], batch or len(prompts)
     for i in range(0, len(prompts), batch):
         expander = astar_search.Expander(model_of(name), prompts[i : i + batch], options.max_new_tokens)
@@ -186,16 +186,20 @@ def learned():
 
 
 def sampling():
-    """1. i.i.d. sampling through the expander against generate: tokens a second, completions of one length, no EOS."""
-    for name, N, K, T, length, target in (
-        ("tiny", 64, 8, 48, None, ">= 1.3"), ("tiny", 256, 1, 48, None, ""),
-        ("135M", 4, 8, 24, 140, ">= 1.3"), ("135M", 8, 1, 24, 140, ""),
+    """1. i.i.d. sampling through the expander against generate: tokens of completions a second.  "to EOS": a completion ends
+    where it says so, as in the main job, and generate runs on until the last of a batch has ended; else all have T tokens."""
+    for name, N, K, T, length, eos, target in (
+        ("tiny", 64, 8, 48, None, (), ">= 1.3"), ("tiny", 256, 1, 48, None, (), ""),
+        ("tiny", 64, 8, 48, None, (1,), ">= 1.3"), ("tiny, learned", 64, 8, 48, None, (1,), ">= 1.3"),
+        ("135M", 4, 8, 24, 140, (), ">= 1.3"), ("135M", 8, 1, 24, 140, (), ""),
     ):  # fmt: skip
-        model, prompts = model_of(name), prompts_of(name, N, length)
-        ids, how = torch.tensor(prompts), dict(do_sample=True, top_k=0, max_new_tokens=T, pad_token_id=0)
+        model, prompts, tokens = model_of(name), prompts_of(name, N, length), {}
+        ids, how = torch.tensor(prompts), dict(do_sample=True, top_k=0, max_new_tokens=T, pad_token_id=0, eos_token_id=eos or None)
 
         def generate():
-            model.generate(ids, GenerationConfig(**how, num_return_sequences=K))
+            out = model.generate(ids, GenerationConfig(**how, num_return_sequences=K))[:, ids.shape[1] :]
+            ends = (out == (eos or (-1,))[0]).long()
+            tokens["generate"] = (ends.cumsum(1) - ends == 0).sum().item()  # up to the first EOS
 
         @torch.no_grad()
         def prompt_once():  # what a user can do by hand: run the prompts once and copy their K/V
@@ -204,12 +208,15 @@ def sampling():
             cache.batch_repeat_interleave(K)
             model.generate(ids.repeat_interleave(K, 0), GenerationConfig(**how), past_key_values=cache)
 
-        ours = lambda: rollouts_of(astar_search.sample, name, prompts, K=K, max_new_tokens=T, eos=())
+        def ours():
+            drawn = rollouts_of(astar_search.sample, name, prompts, K=K, max_new_tokens=T, eos=eos)[0]
+            tokens["ours"] = (drawn.count * (drawn.length - drawn.prompt_length)).sum().item()
+
         times = race(ours=ours, generate=generate, prompt_once=prompt_once)
-        sizes = dict(prompts=N, prompt_tokens=ids.shape[1], samples=K, new_tokens=T, cpu=times)
+        sizes = dict(prompts=N, prompt_tokens=ids.shape[1], samples=K, new_tokens=T, tokens=tokens, seconds=times)
         for other, words, limit in (("generate", "", target), ("prompt_once", " on a cache of prompts run once", "")):
-            what = f"{name}, {K} samples a prompt: tokens a second, ours / generate{words}"
-            yield figure(what, ratio(times[other], times["ours"]), limit, **sizes)
+            what = f"{name}, {K} samples a prompt{', to EOS' if eos else ''}: tokens a second, ours / generate{words}"
+            yield figure(what, ratio(times[other], times["ours"], tokens["ours"] / tokens["generate"]), limit, **sizes)
 
 
 def search_sides(name):
@@ -237,7 +244,7 @@ def search():
         work = {side: stats["model_tokens"] for side, stats in found.items()}
         a_forward = {side: work[side] / found[side]["forwards"] for side in work}
         rate = ratio(times["sample"], times["astar"], work["astar"] / work["sample"])
-        yield figure(f"{name}: model tokens a second, A* / sampling", rate, target, a_forward=a_forward, cpu=times)
+        yield figure(f"{name}: model tokens a second, A* / sampling", rate, target, a_forward=a_forward, seconds=times)
 
 
 def host():
@@ -277,7 +284,7 @@ def growth():
 
         times = race(large=lambda: go(4096), small=lambda: [go(256) for _ in range(again)])
         cost = ratio(times["large"], times["small"], again * pops[256] / pops[4096])
-        yield figure(f"{name}: cost of a node, 4,096 nodes a problem / 256", cost, "<= 1.5", cpu=times, nodes=pops)
+        yield figure(f"{name}: cost of a node, 4,096 nodes a problem / 256", cost, "<= 1.5", seconds=times, nodes=pops)
     few, some, many = (elsewhere(__file__, "--memory-of-nodes", n) for n in (1024, 2048, 4096))
     slopes = [(b["bytes"] - a["bytes"]) / (b["nodes"] - a["nodes"]) for a, b in ((few, some), (some, many))]
     what = "tiny: bytes a node, 2,048 to 4,096 nodes a problem / 1,024 to 2,048"
@@ -320,7 +327,7 @@ def naive():
     same = sum(a == b for a, b in zip(leaves["ours"], leaves["opened"]))
     for other, words, limit in (("opened", "opened node", ""), ("queued", "queued child", ">= 10")):
         yield figure(f"tiny: seconds, the whole prefix of every {words} / ours", ratio(times[other], times["ours"]),
-                     limit, problems=N, with_the_same_leaves=same, cpu=times)  # fmt: skip
+                     limit, problems=N, with_the_same_leaves=same, seconds=times)  # fmt: skip
 
 
 def children():
@@ -341,7 +348,7 @@ def children():
         for tau in (1.0, 0.0):
             times = race(children=lambda: astar_search.best_children(logp, h, parents, tau, 9), forward=forward)
             share = ratio(times["children"], times["forward"])
-            yield figure(f"0.5B, {n} nodes, tau {tau:g}: children / forward", share, "<= 0.10", cpu=times)
+            yield figure(f"0.5B, {n} nodes, tau {tau:g}: children / forward", share, "<= 0.10", seconds=times)
     ours, theirs = (elsewhere(__file__, "--memory-of-update", side) for side in ("score", "naive"))
     what, largest = "update of 4 x 256 tokens of 151,936: ", {"min": ours["largest"] / (1 << 24)}
     yield figure(what + "largest tensor / a chunk", largest, "<= 1", ours=ours, naive=theirs)
@@ -425,7 +432,7 @@ def update():
         ours = lambda: train.update(model, score, head, both, rollouts, indices, config, 1, ranks)
         times = race(ours=ours, plain=plain)
         rate = ratio(times["plain"], times["ours"], real / (B * T))
-        yield figure(f"{name}: tokens a second of a step, ours / plain", rate, ">= 0.85", rollouts=B, T=T, cpu=times)
+        yield figure(f"{name}: tokens a second of a step, ours / plain", rate, ">= 0.85", rollouts=B, T=T, seconds=times)
 
 
 DRIVER = """
@@ -447,12 +454,34 @@ print("\\n" + json.dumps(spent))
 """
 
 
+def to_80(root, seed):
+    """CPU seconds of `python train.py`, one thread, until its first evaluation at 80 %, start-up included."""
+    folder = pathlib.Path(WORK.name) / f"to_80 {seed}"
+    flags = f"--eval-every 5 --overwrite --device cpu --seed {seed} --output-dir".split()
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([sys.executable, "train.py", *flags, folder], cwd=root, env=environment, stdout=subprocess.DEVNULL)
+    while not any(row.get("eval_accuracy", 0) >= 0.8 for row in compare.rows(folder / "metrics.jsonl")):
+        time.sleep(0.5)
+        if run.poll() is not None:
+            sys.exit(f"train.py of {root} ended without 80 %")
+    run.kill()
+    used = os.wait4(run.pid, 0)[2]
+    return used.ru_utime + used.ru_stime
+
+
 def job():
-    """8. Iterations of the main job and of --config quick, from a model that has learned, against the commit at which
-    this began.  Both sides need the same iterations to 80 %, so that this is the ratio of the seconds to 80 %."""
+    """8. The main job against the commit at which this began: `python train.py` to 80 %, and single iterations of what was
+    the default then (ppo) and of --config quick, from a model that has learned."""
     with tempfile.TemporaryDirectory() as before:
         subprocess.run(["git", "worktree", "add", "--detach", "--quiet", before, BEFORE], cwd=ROOT, check=True)
         try:
+            seconds = {"before": [], "now": []}
+            for seed in range(3):
+                for side, root in (("before", before), ("now", ROOT)):
+                    seconds[side].append(to_80(root, seed))
+            reached = {side: summary(each) for side, each in seconds.items()}
+            yield figure("python train.py to 80 %, seeds 0, 1, 2: before / now", ratio(reached["before"], reached["now"]), ">= 1.5", seconds=seconds)
             for config in ("ppo", "quick"):  # what is ppo now was the default then
                 names = {"now": config, "before": {"ppo": "local"}.get(config, config)}
                 flags = f"--model {learned()} --iterations 2 --eval-problems 100 --overwrite --output-dir {before}/run"
@@ -465,7 +494,7 @@ def job():
                 both = lambda run: run["make_rollouts"] + run["update"]
                 whole = {side: summary(list(map(both, each))) for side, each in runs.items()}
                 speedup = ratio(whole["before"], whole["now"])
-                yield figure(f"--config {config}: seconds of two iterations, before / now", speedup, ">= 1.5", cpu=cost)
+                yield figure(f"--config {config}: seconds of two iterations, before / now", speedup, seconds=cost)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", before], cwd=ROOT, check=True)
 
@@ -517,9 +546,7 @@ def main():
         return print(json.dumps(memory_of_update(args.memory_of_update)))
     if set(args.items) - set(ITEMS):
         sys.exit(f"speed.py: the items are {', '.join(ITEMS)}")
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    where = {"cpu": (names or [platform.machine()])[0], "cores": os.cpu_count(), "threads": 1, "repeats": args.repeats,
-             "torch": torch.__version__}  # fmt: skip
+    where = {"cpu": compare.cpu(), "threads": 1, "repeats": args.repeats, "torch": torch.__version__}
     rows = compare.rows(RESULTS)
     for item in args.items or ITEMS:
         gc.collect()

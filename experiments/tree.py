@@ -24,6 +24,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import policy  # noqa: E402
 import reward as reward_module  # noqa: E402
+from experiments import run_folder  # noqa: E402
 
 # ====================================================================================================== record
 
@@ -213,7 +214,7 @@ def truth(prompt, answer):
 def write(path, text):
     """Written aside and renamed: a reader sees the old file or the new one.  Raises ValueError."""
     try:
-        evaluation.write(str(path), text)
+        run_folder.write(str(path), text)
     except OSError as error:
         raise ValueError(f"--tree {path}: it cannot be written ({error.strerror})") from None
 

@@ -151,7 +151,8 @@ def main():
     old = log_policy(theta).detach()
     entropy = torch.zeros_like(old)  # no bonus
     spread = policy.grpo_advantages(r, w, rollouts.problem)
-    mean, std = policy.weighted_mean_std(r, w)
+    mean = (w * r).sum()
+    std = (w * (r - mean) ** 2).sum().sqrt()
     base = lambda nodes: (PI[[PREFIXES.index(name(node)) for node in nodes]].log(), None)
     drawn = astar_search.sample(astar_search.root_keys(0, 2, [0]), base, dataclasses.replace(options, K=4))[0].leaves
     samples = [name(leaf) for leaf in drawn for _ in range(leaf.count)]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import fsdp
 import train
 from conftest import finish, launch, rows, tensors, timeless
+from experiments import run_folder
 
 ROOT = pathlib.Path(train.__file__).parent
 SMALL = ["--config", "ppo", "--problems-per-iteration", "5", "--rollouts-per-problem", "3", "--eval-problems", "5",
@@ -39,7 +40,7 @@ def distance(one, other):
 def copy_until(iteration, folder, target):
     """The folder of a run as it was after `iteration`."""
     shutil.copytree(folder, target)
-    for path in train.checkpoints(str(target)):
+    for path in run_folder.checkpoints(str(target)):
         if int(path.rpartition("_")[2]) > iteration:
             shutil.rmtree(path)
     return target
@@ -170,7 +171,7 @@ def test_sigterm_finishes_the_iteration(runs, ranks, tmp_path):
     for pid in children(process) if ranks > 1 else [process.pid]:
         os.kill(pid, signal.SIGTERM)
     assert "stopped by SIGTERM after iteration" in finish(process)
-    assert len(train.checkpoints(str(folder))) == 1
+    assert len(run_folder.checkpoints(str(folder))) == 1
     finish(launch(ranks, *flags(folder, "--checkpoint-every", "50", "--resume", "auto", ranks=ranks)))
     assert distance(folder / "checkpoint_iter_4", runs[ranks] / "checkpoint_iter_4") == 0
     assert timeless(folder) == timeless(runs[ranks])

@@ -16,6 +16,7 @@ import reward as reward_module
 import train
 import value as value_module
 from conftest import rows
+from experiments import run_folder
 
 ROOT = pathlib.Path(train.__file__).parent
 OWN = ROOT / "experiments" / "own_task"
@@ -212,7 +213,7 @@ def test_a_reward_that_fails_in_training_keeps_the_last_checkpoint(files, tmp_pa
     flags = own(tmp_path, f"{counter}\n    return 0.5 if n < 30 else float('nan')")
     err = ended(capsys, 1, [*SMALL, *files, *flags, "--iterations", "20", "--output-dir", tmp_path / "run"])
     assert "returned nan" in err and "for the prompt '" in err and "checkpoint_iter_" in err
-    assert train.checkpoints(str(tmp_path / "run")) and len(rows(tmp_path / "run" / "metrics.jsonl")) < 20
+    assert run_folder.checkpoints(str(tmp_path / "run")) and len(rows(tmp_path / "run" / "metrics.jsonl")) < 20
 
 
 def test_eval_says_it_in_one_sentence(files, tmp_path):
@@ -245,13 +246,3 @@ def test_a_run_goes_on_with_its_own_reward_only(finished, files, tmp_path, capsy
     assert not (tmp_path / "run").exists()
     train.main([*map(str, resume), *REWARD])
     assert rows(tmp_path / "run" / "metrics.jsonl")[-1]["iteration"] == 3
-
-
-def test_a_head_from_before_has_the_bounds_of_its_flags(finished, tmp_path):
-    """Guards against a checkpoint of an older version whose head can no longer be read."""
-    model = policy.load_policy(str(finished / "checkpoint_iter_2"))[0]
-    (tmp_path / "value.safetensors").write_bytes((finished / "checkpoint_iter_2" / "value.safetensors").read_bytes())
-    config = {"format_bonus": 0.5, "length_penalty": 1.0, "beta": 1.0}
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"config": config}))
-    h = evaluation.load_head(str(tmp_path), model)(torch.randn(200, model.config.hidden_size) * 1e4)[1]
-    assert -2 <= h.min() and h.max() <= 1.5

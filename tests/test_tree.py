@@ -186,7 +186,7 @@ def test_the_head_beside_the_model_guides_it(tmp_path):
     for path in (picture.ROOT / "tiny_base").glob("*.*"):
         (tmp_path / path.name).symlink_to(path)
     save_file(value.ValueHead(128).state_dict(), tmp_path / "value.safetensors")
-    (tmp_path / "trainer_state.json").write_text('{"config": {"format_bonus": 0.1, "length_penalty": 0.0, "beta": 0.2}}')
+    (tmp_path / "trainer_state.json").write_text('{"config": {"beta": 0.2}, "reward_bounds": [-1.0, 1.1]}')
     for flags, beta in (([], 0.2), (["--beta", "2"], 2.0), (["--guide", "none"], None)):
         args = picture.flags().parse_args(["--tree", "x.html", "--model", str(tmp_path), "--K", "1", *flags])
         h = math.log((math.exp(1.1 / beta) + math.exp(-1 / beta)) / 2) if beta else 0.0
