@@ -109,7 +109,7 @@ class Config:
     cpu_offload: bool = flag(False, "keep weights, gradients and moments in the host's memory")
     output_dir: str = flag("runs/local", "where everything is written")
     eval_every: int = flag(20, "iterations between evaluations; there is one before the first and at the end", low=1)
-    eval_problems: int = flag(500, "held-out problems of an evaluation", low=1)
+    eval_problems: int = flag(500, "held-out problems of an evaluation; of a file the first", low=1)
     eval_decode: str = flag("greedy", "how they are decoded", choices=("greedy", "sample", "astar"))
     checkpoint_every: int = flag(20, "iterations between checkpoints (there is one at the end)", low=1)
     keep_checkpoints: int = flag(2, "older checkpoints than the newest n are removed", low=1)

@@ -89,7 +89,7 @@ def main():
         index = seconds(run, args.repeats)
 
         nodes = NodeCache()
-        nodes.reserve(N * M + N * w)
+        nodes.rows += N * M + N * w
         nodes.read = torch.randint(1, N * M, (N * w, args.depth + 1))
         nodes.write = torch.arange(N * M, N * M + N * w)[:, None]
         row_tokens, row_positions = tokens.view(-1, 1), positions.view(-1, 1)

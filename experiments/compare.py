@@ -63,14 +63,16 @@ def runs(methods, rates, iterations, common=COMMON):
 RATES = ("2e-4", "4e-4", "1e-4")  # the same three for every method
 EM = [name for name in METHODS if name.endswith("em")]
 # The hard regime: 3 x 3 digits, a chain of five unreliable steps, right in 3 % of the base's samples.
-HARD = f"{QUICK} --model tiny_base/hard --digits 3x3 --max-new-tokens 128"
+HARD = QUICK.replace("--eval-every 6", "--eval-every 4") + " --model tiny_base/hard --digits 3x3 --max-new-tokens 128"
 DEEP = f"--loss em {BEST_FIRST} --max-nodes 512"
-METHODS |= {"A* tau 0, h=0, 512 nodes, em": f"--guide none {DEEP}", "A* tau 0, head, 512 nodes, em": f"--guide head {DEEP}"}
+METHODS |= {"A* tau 0, h=0, 512 nodes, em": f"--guide none {DEEP}", "A* tau 0, head, 512 nodes, em": f"--guide head {DEEP}",
+            "A* h=0, 512 nodes, grpo": "--guide none --loss grpo --max-nodes 512"}  # fmt: skip
+DEEP_METHODS = [name for name in METHODS if "512" in name] + ["sampling 8, em", "sampling 8, grpo"]
 SUITES = {
     "base": runs(METHODS, RATES, [40, 80]),  # all methods, 4 iterations of warm-up
     "quick": runs(EM, RATES, [18, 24, 40, 80], QUICK),  # the em loss, 1 iteration of warm-up
     "weak": runs(EM, RATES, [24, 60], f"{QUICK} --model tiny_base/weak"),
-    "hard": runs(["A* tau 0, h=0, 512 nodes, em", "A* tau 0, head, 512 nodes, em", "sampling 8, em"], RATES, [24], HARD),
+    "hard": runs(DEEP_METHODS, ["5e-5", "2e-4"], [12], HARD),
 }
 
 

@@ -98,7 +98,7 @@ def memory(config, model, prompt, activations, world_size, offload):
     kv = 2 * kv_heads * (getattr(text, "head_dim", None) or D // heads) * c  # of a row in one layer
     need["K/V"] = capacity * kv * L
     nodes = problems * config.width  # of a round: scores of all their children; ancestors' K/V of a layer, and copies
-    need["search"] = capacity * (1.5 * 8 * span + c * D) + nodes * (80 * V + 3 * kv * span)
+    need["search"] = capacity * (1.5 * 8 * span + c * D) + nodes * (20 * V + 3 * kv * span)
 
     # Update: the root stays whole, two blocks come and go, gradients are whole until they are split.
     tokens = config.micro_batch * span
@@ -149,7 +149,7 @@ def dry_run(config, gpu_memory=None):
 # ==================================================================================================== measured
 
 SIZES = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-             vocab_size=49152, tie_word_embeddings=True, eos_token_id=2)  # fmt: skip
+             vocab_size=49152)  # SmolLM2's  # fmt: skip
 FLAGS = "--config ppo --device cpu --problems-per-iteration 4 --max-new-tokens 100 --max-nodes 250 --minibatches 1 --eval-problems 1"
 SETTINGS = {
     "float32": "--micro-batch 8",
@@ -203,7 +203,7 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         folder = os.path.join(work, "random")
         torch.manual_seed(0)
-        Qwen2ForCausalLM(Qwen2Config(**SIZES)).save_pretrained(folder)
+        Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True, eos_token_id=2)).save_pretrained(folder)
         for path in (ROOT / "tiny_base").glob("token*"):
             shutil.copy(path, folder)
         # Memory that is freed goes back to the system at once, else the peak would depend on what came before.

@@ -11,12 +11,10 @@ of right answers.
 
 import argparse
 import fnmatch
-import json
-import pathlib
 
+import compare
 import numpy
 
-RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 PROBLEMS = 500  # of an evaluation
 
 
@@ -107,15 +105,14 @@ def draw(rows, target, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="+")
+    parser.add_argument("suites", nargs="+", choices=compare.SUITES)
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.8])
     parser.add_argument("--only", nargs="+", default=["*"], help="settings whose name matches one of these, as a shell would")
     parser.add_argument("--png")
     args = parser.parse_args()
     rows = []
     for suite in args.suites:
-        for line in (RESULTS / f"{suite}.jsonl").read_text().splitlines():
-            row = json.loads(line)
+        for row in compare.rows(compare.RESULTS / f"{suite}.jsonl"):
             rows.append(row | {"setting": row["setting"] if suite == args.suites[0] else f"{suite}: {row['setting']}"})
     rows = [row for row in rows if any(fnmatch.fnmatch(row["setting"], pattern) for pattern in args.only)]
     rows.sort(key=lambda row: (row["setting"], row["seed"]))

@@ -50,7 +50,7 @@ def shape(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
 
 
 SHAPES = {
-    "135M": shape(576, 1536, 30, 9, 3, 49152),
+    "135M": memory.SIZES,
     "0.5B": shape(896, 4864, 24, 14, 2, 151936),
     "large vocabulary": shape(64, 128, 2, 2, 2, 151936),
 }
