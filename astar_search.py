@@ -43,9 +43,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 # ====================================================================================================== noise
-# key(root) = mix(seed, iteration, problem);  key(sa) = mix64(key(s), a);  the Gumbel at sa is a function of key(sa).
-
-
+# key(root) = mix64(mix64(mix64(0, seed), iteration), problem);  key(sa) = mix64(key(s), a);  the Gumbel at sa is a function
+# of key(sa).
 # The constants of SplitMix64 as torch.int64 holds them: all three have the sign bit set.
 _STEP, _MULTIPLY_1, _MULTIPLY_2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -253,7 +252,7 @@ class Tree:
         options = self.options
         while True:
             # The weights need the key of leaf K+1.  At tau = 1 the head of the queue has it (for a constant h: G is the
-            # maximum below a prefix); in between it is only a bound, so search on until the head is that leaf.
+            # maximum below a prefix); for 0 < tau < 1 it is only a bound, so search on until the head is that leaf.
             if self.done:
                 self.stopped = "done"
             elif len(self.leaves) >= options.K and (
@@ -284,19 +283,21 @@ class Tree:
 
     def weigh_leaves(self):
         """Importance weights pi/q of the accepted leaves; sum of (pi/q) r is then unbiased for E_pi[r] (Kool et al.
-        2020, arXiv 2002.06043), exactly so for a constant h and without a stop by covered mass or by options.done."""
+        2020, arXiv 2002.06043), exactly so for a constant h and a search that ended at K leaves: not by covered mass, by
+        options.done or by max_nodes.  Where q is void (log_inclusion) they are pi, scaled where all of it would underflow."""
         kappa = -self.queue[0][0] if self.queue else -math.inf  # the best key left behind
+        tau, void = self.options.tau, self.pruned or self.options.tau == 0
+        scale = min(0.0, max((leaf.g for leaf in self.leaves), default=0.0) + 60.0)
         for leaf in self.leaves:
-            log_q = 0.0 if self.pruned else log_inclusion(leaf.g + leaf.h, kappa, self.options.tau)
-            leaf.weight = math.exp(leaf.g - log_q)
+            leaf.weight = math.exp(leaf.g - (scale if void else log_inclusion(leaf.g + leaf.h, kappa, tau)))
 
 
 def log_inclusion(phi, kappa, tau):
     """log q(y), the chance that a leaf's key beats kappa, the key of the (K+1)-th leaf.
 
     phi = log pi(y) + h(y), *unperturbed*: with the perturbed key here a lucky leaf would be its own excuse.  Void if
-    the queue was pruned, and at tau = 0, where nothing is random: there q = 1 and the weight is pi itself.  In logs,
-    because pi and q of a thousand tokens are both 0 in floating point, while pi/q is a number like any other.
+    the queue was pruned, and at tau = 0, where nothing is random.  In logs, because pi and q of a thousand tokens are
+    both 0 in floating point, while pi/q is a number like any other.
     """
     if tau == 0 or kappa == -math.inf:
         return 0.0
@@ -438,7 +439,7 @@ class Expander:
 
     model: any Hugging Face causal LM that check_model accepts.  prompts: N lists of token ids.
     value(hidden (n, D)) -> (V (n,), h (n,)): the value head; None for h = 0 (then values are 0).
-    A node that was run before answers from its stored hidden state.  Counts `model_tokens` and `forwards`.
+    A node that was run before answers from its stored hidden state.  Counts `forwards` and the model tokens `spent`.
     """
 
     def __init__(self, model, prompts, max_new_tokens, value=None):
@@ -452,11 +453,6 @@ class Expander:
         self.hidden = torch.zeros(1, self.lm_head.weight.shape[1], dtype=self.dtype, device=self.device)
         self.values = torch.zeros(1, device=self.device)
         self.forwards, self.spent = 0, [0] * len(prompts)  # model tokens run for each problem
-
-    @property
-    def model_tokens(self):
-        """Tokens run through the model so far, over all problems."""
-        return sum(self.spent)
 
     @torch.no_grad()
     def __call__(self, nodes):
@@ -533,7 +529,7 @@ def check_model(model):
             plain = F.log_softmax(model(rollouts.tokens.to(model.device)).logits[:, :-1].float(), dim=-1).cpu()
         wrong = plain.gather(2, rollouts.tokens[:, 1:, None])[..., 0] - rollouts.logprobs
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"{refuse}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{refuse}: {type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}") from None
     tolerance = 1e-3 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
     if not wrong[rollouts.mask].abs().max() < tolerance:
         raise ValueError(f"{refuse}: its logits with the search's cache and mask differ from those of a plain forward")
@@ -614,7 +610,7 @@ def collect(trees, expander, pad=0):
         count=column(lambda leaf: leaf.count, torch.int64),
         f=column(lambda leaf: leaf.f),
         truncated=column(lambda leaf: leaf.truncated, torch.bool),
-        stats={"model_tokens": expander.model_tokens, "forwards": expander.forwards}
+        stats={"model_tokens": sum(expander.spent), "forwards": expander.forwards}
         | {name: sum(getattr(tree, name) for tree in trees) for name in ("pops", "mass", "pruned")}
         | {"stopped": Counter(tree.stopped for tree in trees)},
     )

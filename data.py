@@ -11,6 +11,7 @@ about its data.
 
 import argparse
 import collections
+import functools
 import hashlib
 import itertools
 import random
@@ -140,12 +141,18 @@ def read_problems(path, prefill=None, any_answer=False):
     return load.read_problems(path, prefill, any_answer)
 
 
+@functools.lru_cache(maxsize=2)
+def order_of(n, seed, epoch):
+    """0 to n - 1 in the order of an epoch; kept, since each problem of the epoch asks for it."""
+    order = list(range(n))
+    random.Random(f"file {seed} {epoch}").shuffle(order)
+    return order
+
+
 def pick_problem(problems, seed, iteration, index, per_iteration):
     """The counterpart of train_problem for a file: walk through it epoch by epoch, each in an order of its own."""
     epoch, place = divmod(iteration * per_iteration + index, len(problems))
-    order = list(range(len(problems)))
-    random.Random(f"file {seed} {epoch}").shuffle(order)
-    return problems[order[place]]
+    return problems[order_of(len(problems), seed, epoch)[place]]
 
 
 # --------------------------------------------------------------------------------------------------- statistics

@@ -6,8 +6,8 @@ Three ways to decode, all on the expander of astar_search.py:
     sample    i.i.d. completions: mean accuracy, pass@k, and the vote of the majority
     astar     best-first search guided by the value head; the answer is the first leaf found.  It never sees the reward.
 
-    python eval.py                                                        # the tiny base, greedy
-    python eval.py --model runs/local/checkpoint_iter_90 --decode astar --n 500 --json out.json    # and out.jsonl
+    python eval.py --json base.json                                       # the tiny base, greedy; and base.jsonl
+    python eval.py --model runs/local/checkpoint_iter_360 --decode astar --json out.json
     python eval.py --compare base.jsonl out.jsonl                         # a paired test on the same problems
     torchrun --standalone --nproc_per_node=2 eval.py --problems 500       # the same figures from two processes
     python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --completions 8 --max-new-tokens 512
@@ -123,7 +123,7 @@ def guide(head, bounds, beta, use_head=True):
     return None if head is None else value
 
 
-def load_head(folder, model, beta=None):
+def load_guide(folder, model, beta=None):
     """The guide of a checkpoint folder: its value head with the (r_lo, r_hi, beta) it was trained for, or another beta;
     None if it has none.  The bounds belong to the head: u is measured from exp(r_lo/beta) = 0 to exp(r_hi/beta) = 1."""
     path, state = os.path.join(folder, "value.safetensors"), os.path.join(folder, "trainer_state.json")
@@ -181,8 +181,8 @@ def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8,
     tokens); with decode="sample" also majority and pass@1, 2, 4, ... up to n; with "astar" majority, by leaf weight,
     and found (any leaf right); each also as NAME_by_difficulty; and seconds_per_problem.  All but the last can be
     recounted from the rows.
-    Each rank decodes its share of the problems with whole weights (fsdp.gathered); then every rank has every row, so
-    the figures are the same for any number of them.
+    Each rank decodes its share of the problems on whole weights, which the caller gathers (fsdp.gathered); then every
+    rank has every row, so the figures are the same for any number of them.
     """
     options = astar_search.Options(policy.stop_tokens(model, tokenizer), n, tau, width, max_new_tokens, max_nodes)
     start, rows, mine = time.perf_counter(), [], list(fsdp.share(len(problems), ranks))
@@ -227,15 +227,11 @@ class OneSentence(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def main(argv=None):
+if __name__ == "__main__":
     from experiments import eval_files  # the flags, and what is done with completions besides counting them
 
-    eval_files.main(argv)
-
-
-if __name__ == "__main__":
     try:
-        main()
+        eval_files.main()
     except KeyboardInterrupt:
         print("eval.py: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -3,14 +3,14 @@
 FSDP ("ZeRO-3", Rajbhandari et al. 2020, arXiv 1910.02054; PyTorch FSDP, Zhao et al. 2023, arXiv 2304.11277): each of W
 ranks keeps 1/W of every weight, gradient and Adam moment.  A block's whole weights are gathered just before it runs and
 dropped after; its gradients are averaged over the ranks and split again.  This file is what the training loop needs of
-it, on PyTorch's `fully_shard` (FSDP2).  With one process each of these functions is the identity, so that the loop
-reads the same for both; it asks for its share of the problems and adds up what must be added up.
+it, on PyTorch's `fully_shard` (FSDP2).  With one process they have nothing to do (`everyone(x)` is `[x]`, `share`
+is all of it), so that the loop reads the same for both: it asks for its share and adds up what must be added up.
 
 Two rules keep ranks from waiting for each other for ever:
   1. Every rank calls every collective equally often.  A rank with nothing left to do still joins (`idle_loss` in train).
   2. What ranks must agree on (totals, whether to stop, which checkpoint) is told to all by `everyone`, never guessed.
 
-    python fsdp.py                                       # one process: everything is the identity
+    python fsdp.py                                       # one process: nothing to share
     torchrun --standalone --nproc_per_node=3 fsdp.py     # three: a sharded model trains like a whole one
 """
 
@@ -64,7 +64,7 @@ def start(distributed=False, device="auto", sharded=False):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"--device {name}: not usable here ({(str(error).splitlines() or ['no message'])[0]})") from None
     if not (launched or sharded):
         return Ranks(0, 1, device)
     if device.type == "cuda":

@@ -167,7 +167,7 @@ def normalise_weights(weight, problem):
     return weight / torch.bincount(problem, weight)[problem]
 
 
-def moments(values, returns, weight):
+def variance_sums(values, returns, weight):
     """Sums for explained_variance, to be added up over ranks; tensors of one shape -> dict of numbers."""
     w, r, e = weight.double(), returns.double(), (returns - values).double()
     sums = {"w": w, "r": w * r, "rr": w * r * r, "e": w * e, "ee": w * e * e}
@@ -175,10 +175,10 @@ def moments(values, returns, weight):
 
 
 def explained_variance(sums):
-    """1 - Var(return - V)/Var(return) from `moments`: 1 is a perfect critic, 0 one that knows no more than the mean.
+    """1 - Var(return - V)/Var(return) from `variance_sums`: 1 is a perfect critic, 0 one that knows no more than the mean.
     None where all returns are the same."""
     w = sums["w"] or 1.0
-    variance = lambda x: sums[x + x] / w - (sums[x] / w) ** 2  # E x^2 - (E x)^2
+    variance = lambda x: sums[x + x] / w - (sums[x] / w) ** 2  # E x^2 - (E x)^2; "ee" is the sum of e^2
     return 1.0 - variance("e") / variance("r") if variance("r") > 1e-12 else None
 
 
@@ -195,9 +195,9 @@ def em_advantages(targets, weight, problem):
     """The M-step of EM policy search: maximise E_{pi*}[log pi_theta] over the leaves that were found.  All (B,).
 
     targets = value.soft_target(r), so that exp(r/beta) ~ targets where r_lo/beta is far below; weight: leaf weights that
-    sum to one within each problem.  Times weight, A is the posterior pi*(leaf | the leaves found): it sums to the best
-    target of its problem, so a right completion counts alike however unlikely pi thinks it is (the gradient of log E
-    exp(r/beta), where that of E r is as small as pi), and a problem with nothing but wrong leaves teaches nothing.
+    sum to one within each problem.  Times weight, A is the posterior pi*(leaf | the leaves found) times the best target
+    of its problem: a right completion counts alike however unlikely pi thinks it is (the gradient of log E exp(r/beta),
+    where that of E r is as small as pi), and a problem with nothing but wrong leaves teaches next to nothing.
     """
     Z = torch.bincount(problem, weight * targets)
     best = torch.zeros(len(Z), dtype=targets.dtype).scatter_reduce(0, problem, targets, "amax")

@@ -107,7 +107,6 @@ def main():
         ("<answer>409</answer>", -0.9),
         ("<answer>1</answer><answer>408</answer>", 1.0),  # the last one counts
         ("<think>it is <answer>408</answer>", -1.0),  # a thought is not an answer
-        ("408", -1.0),
     ):
         result = reward(completion, answer=408)
         print(f"{result['reward']:7.2f}  {result['answer']!s:>6}  {completion}")

@@ -42,8 +42,6 @@ import reward as reward_module
 import value as value_module
 from experiments import logs, memory, run_folder
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
 # ======================================================================================================== flags
 def flag(default, help, choices=None, low=-math.inf, high=math.inf, above=-math.inf):
     """A Config field: its default, what it means, and what is allowed."""
@@ -57,7 +55,7 @@ class Config:
     for a number out of bounds, and for flags that contradict each other."""
 
     # the task
-    model: str = flag(os.path.join(HERE, "tiny_base"), "folder or hub id of the base model")
+    model: str = flag(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base"), "folder or hub id of the base model")
     prompt: str = flag("terse", "prompt style", choices=tuple(data.PROMPTS))
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
     train_file: str = flag("", "jsonl file of training problems with prompt and answer, instead of made ones")
@@ -110,7 +108,7 @@ class Config:
     output_dir: str = flag("runs/local", "where everything is written")
     eval_every: int = flag(20, "iterations between evaluations; there is one before the first and at the end", low=1)
     eval_problems: int = flag(500, "held-out problems of an evaluation; of a file the first", low=1)
-    eval_decode: str = flag("greedy", "how they are decoded", choices=("greedy", "sample", "astar"))
+    eval_decode: str = flag("greedy", "how; sample, astar: K completions", choices=("greedy", "sample", "astar"))
     checkpoint_every: int = flag(20, "iterations between checkpoints (there is one at the end)", low=1)
     keep_checkpoints: int = flag(2, "older checkpoints than the newest n are removed", low=1)
     samples: int = flag(4, "rollouts an iteration written to samples.jsonl", low=0)
@@ -136,8 +134,8 @@ class Config:
                 raise ValueError(f"--{package}: the package is not installed: pip install {package}")
 
 
-# Draws without replacement, weighted pi/q, under PPO-clip with GAE: unbiased, and for answers so long that plain A*
-# might not finish one; on the tiny base it needs more tokens (README, "Measured").
+# Draws without replacement, weighted pi/q, under PPO-clip with GAE: unbiased but for the head's h and the stop by mass,
+# and for answers so long that plain A* might not finish one; the tiny base needs more tokens (README, "Measured").
 PPO = dict(
     loss="ppo", tau=1.0, until_right="off", cover=0.8, rollouts_per_problem=8, max_nodes=1024, problems_per_iteration=256,
     minibatches=4, epochs=1, learning_rate=3e-4, warmup=8, iterations=90, eval_every=10, checkpoint_every=10,
@@ -175,8 +173,9 @@ def parse(argv):
             raise ValueError("--eval-only and --checkpoint FOLDER go together")
         if args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < math.inf):
             raise ValueError("--gpu-memory GIB is for --dry-run, and above 0")
-        # A checkpoint is evaluated as its run was configured; flags change it.
+        # A checkpoint is evaluated as its run was configured, but for what is on or off, such as --distributed.
         preset = run_folder.read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]
+        preset = {name: x for name, x in preset.items() if x is not True}
         config = Config(**(preset | {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}))
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
@@ -357,7 +356,7 @@ def credit(rollouts, verdicts, reward, config):
     """What the losses need of each leaf: {rewards, soft_targets, leaf_weight (B,), advantages (B, T-1)}."""
     rewards, mask = torch.tensor([verdict["reward"] for verdict in verdicts]), rollouts.mask
     soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
-    # Leaves of a search are no samples of pi.  pi/q makes them stand for all completions; without it each counts alike.
+    # Leaves of a search are no samples of pi.  pi/q (at tau = 0: pi) makes them stand for all; without it each counts alike.
     counted = rollouts.weight if config.leaf_weights == "on" else rollouts.count.float()
     leaf_weight = policy.normalise_weights(counted, rollouts.problem)
     if config.loss == "grpo":
@@ -446,7 +445,7 @@ def update(model, score, head, optimizer, rollouts, indices, config, iteration, 
 
 
 def summarise(rollouts, texts, verdicts, problems, ranks):
-    """What one batch of rollouts says about the policy, over all ranks: means weighted by leaf, hence estimates under pi."""
+    """What a batch says, over all ranks.  Means weighted by leaf: at tau = 1 estimates under pi, at tau = 0 of what is found."""
     weight, mask, stats = rollouts.extra["leaf_weight"], rollouts.mask, rollouts.stats
     add = lambda x: (weight * torch.as_tensor(x, dtype=torch.float32)).sum().item()
     correct = [verdict["correct"] for verdict in verdicts]
@@ -455,7 +454,7 @@ def summarise(rollouts, texts, verdicts, problems, ranks):
     means |= {"leaves": len(rollouts), "mass": stats["mass"], "truncated": add(rollouts.truncated)}
     means |= {"completion_length": add(rollouts.length - rollouts.prompt_length)}
     returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
-    moments = policy.moments(rollouts.values, returns, weight[:, None] * mask)
+    moments = policy.variance_sums(rollouts.values, returns, weight[:, None] * mask)
     counts = {name: stats[name] for name in ("model_tokens", "forwards", "pruned")}
     # Sums are told to the other ranks, never means: a rank with two problems would weigh like one with a hundred.
     told = fsdp.total(means | moments | counts | {"problems": len(problems)}, ranks)
@@ -511,6 +510,7 @@ def main(argv=None):
         ranks = fsdp.start(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
         if config.cpu_offload and ranks.device.type == "cpu":
             raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
+        # Run by the main rank alone; what it raises there, all ranks raise.
         on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
         begin = lambda: (args.checkpoint, {}) if args.eval_only else run_folder.find_start(config)
         source, state = fsdp.everyone(on_main(begin), ranks)[0]
@@ -522,8 +522,8 @@ def main(argv=None):
         model, head = shard(model, blocks=policy.blocks_of(model), mixed_precision=bf16), shard(head)
         base = base and shard(base, blocks=policy.blocks_of(base), mixed_precision=bf16)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Two groups, each with a learning rate of its own, which `update` sets.  A run has some hundred steps: Adam's
-        # usual 0.999 would remember the gradients of the first policy to its end.
+        # Two groups, each with a learning rate of its own, which `update` sets.  Adam's usual 0.999, which the head keeps,
+        # remembers a thousand steps, as many as a whole run may have: too long for a policy that moves.
         groups = [{"params": trained, "betas": (0.9, 0.95)}, {"params": list(head.parameters())}]
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         if not args.eval_only:
@@ -564,7 +564,7 @@ def main(argv=None):
     seconds = lambda: earlier + time.perf_counter() - start  # of the run, over all its resumes
 
     def record(row):
-        """Evaluate where it is time, then write the row of an iteration."""
+        """Complete the row of an iteration, in place (an evaluation where it is time, the seconds), and write it."""
         n = row["iteration"]
         if n % config.eval_every == 0 or n == config.iterations:
             with timed(phases, "evaluation"):
@@ -582,6 +582,7 @@ def main(argv=None):
             return save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progress, ranks)
 
     received, stopped, failure, saved = [], None, "", source
+    # The first signal that any rank has received, agreed by all; None if none has.
     heard = lambda: next((number for told in fsdp.everyone(received, ranks) for number in told), None)
     gc.freeze()  # what is here stays: Python's collector, which the nodes of a search wake often, need not look at it
     try:
@@ -600,8 +601,7 @@ def main(argv=None):
                 given["keys"] = astar_search.root_keys(config.seed, n, indices)  # of the noise: by problem, not by rank
                 # Whole weights on every rank: each search runs as many forwards as it needs, and waits for nobody.
                 with timed(phases, "rollouts"), fsdp.gathered(model, head):
-                    K = config.rollouts_per_problem
-                    rollouts = make_rollouts(model, value=value, kind=config.rollout, K=K, **given)
+                    rollouts = make_rollouts(model, value=value, kind=config.rollout, K=config.rollouts_per_problem, **given)
 
                 # ---------------------------------------------------------------------------------------- 2. rewards
                 texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
@@ -666,7 +666,7 @@ def main(argv=None):
     on_gpu, on_host = ranks.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else on_host
     say(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: "
-        + ", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items()))  # fmt: skip
+        + (", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items()) or "none since the resume"))  # fmt: skip
     where_time_went = ", ".join(f"{name} {t:.0f} s" for name, t in phases.items())
     say(f"{model_tokens:,} model tokens in {seconds():.0f} s ({where_time_went}); peak memory of a rank {peak:.2f} GiB")
     say(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved}")

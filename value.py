@@ -29,7 +29,7 @@ class ValueHead(nn.Module):
     every prefix: before its first update the head prefers nothing.
 
     The hidden states are detached: the head reads the policy's mind and does not change it.  So the policy's gradient
-    is the policy loss alone, and the head may have a learning rate and an optimiser of its own.
+    is the policy loss alone, and the head has a learning rate of its own (train.py).
     """
 
     def __init__(self, hidden_size, width=None):

@@ -239,9 +239,9 @@ def with_critic(expander, critic):
         for n in nodes:
             if n not in twins:
                 twins[n] = astar_search.Node(n.problem, twins[n.parent], n.token, n.depth, 0, 0, 0, 0, 0, key=0)
-        before = other.model_tokens
+        before = sum(other.spent)
         _, h = other([twins[n] for n in nodes])
-        expander.spent[0] += other.model_tokens - before
+        expander.spent[0] += sum(other.spent) - before
         return logp, h
 
     return expand
@@ -334,7 +334,7 @@ def searches(model, tokenizer, problems, heads, token_head, critic, max_new_toke
         rollouts = astar_search.collect(trees, expander)
         texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, REWARD, max_new_tokens)
         right = {(p, text) for p, text, verdict in zip(rollouts.problem.tolist(), texts, verdicts) if verdict["correct"]}
-        tokens = expander.model_tokens
+        tokens = sum(expander.spent)
         figures = {"budget": budget, "tokens": tokens / len(problems), "found": len({p for p, _ in right}) / len(problems),
                    "distinct_per_1k": 1000 * len(right) / tokens, "leaves": len(rollouts) / len(problems)}  # fmt: skip
         figures |= answers(rollouts, texts, verdicts, len(problems))

@@ -108,7 +108,7 @@ def read_rows(path):
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                row["prompt"], row["truth"]
+                row["prompt"], row["truth"]  # KeyError where one is missing
                 if not 0 <= row["scores"]["accuracy"] <= 1:
                     raise ValueError
             except (ValueError, TypeError, KeyError):
@@ -213,7 +213,7 @@ def main(argv=None):
         model, tokenizer = policy.load_policy(args.model, device=ranks.device)
         astar_search.check_model(model)
         policy.check_context(model, max(map(len, evaluation.encode(tokenizer, problems))), args.max_new_tokens)
-        value = evaluation.load_head(args.model, model)
+        value = evaluation.load_guide(args.model, model)
         if args.decode == "astar" and value is None:
             print("eval.py: no value head beside this model, so the search is guided by log pi alone", file=sys.stderr)
     except (ValueError, OSError) as error:

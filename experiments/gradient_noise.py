@@ -80,7 +80,7 @@ def main():
     parser.add_argument("--only", nargs="+", default=["*"], help="settings whose name matches one of these, as a shell would")
     args = parser.parse_args()
     model, tokenizer = policy.load_policy(str(ROOT / args.model))
-    guided = evaluation.load_head(str(ROOT / args.model), model)
+    guided = evaluation.load_guide(str(ROOT / args.model), model)
     unguided = guided and (lambda hidden: (guided(hidden)[0], torch.zeros(len(hidden))))  # V for GAE, h = 0
     n = args.batches * SIZE
     problems = [data.train_problem(1, 10**6, i) for i in range(n)]

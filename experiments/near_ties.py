@@ -2,7 +2,7 @@
 3 ranks: in float64 they are equal token for token; in float32 two keys may lie within rounding and change places.
 
     python experiments/near_ties.py                               # the tiny base, half a minute
-    python experiments/near_ties.py --model runs/local/checkpoint_iter_90
+    python experiments/near_ties.py --model runs/local/checkpoint_iter_360
 """
 
 import argparse

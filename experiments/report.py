@@ -113,7 +113,9 @@ def main():
     rows = []
     for suite in args.suites:
         for row in compare.rows(compare.RESULTS / f"{suite}.jsonl"):
-            rows.append(row | {"setting": row["setting"] if suite == args.suites[0] else f"{suite}: {row['setting']}"})
+            name, budget = row["setting"].split("; ", 1)
+            name += f" (suite {suite})" if suite != args.suites[0] else ""
+            rows.append(row | {"setting": f"{name}; {budget}"})
     rows = [row for row in rows if any(fnmatch.fnmatch(row["setting"], pattern) for pattern in args.only)]
     rows.sort(key=lambda row: (row["setting"], row["seed"]))
     table(rows, args.targets)

@@ -125,7 +125,7 @@ def read_state(folder):
     try:
         with open(os.path.join(folder, name)) as file:
             state = json.load(file)
-        dict(state["config"]), state["iteration"] + state["model_tokens"] + state["seconds"]
+        dict(state["config"]), state["iteration"] + state["model_tokens"] + state["seconds"]  # an error if one is missing
         for name, written in state["files"].items():
             if fingerprint(os.path.join(folder, name)) != written:
                 raise ValueError("its size or checksum is not the one written")

@@ -272,7 +272,7 @@ def draw(args):
     problem = data.Problem(args.prompt.removesuffix(prefill), answer, prefill=prefill)
     prompts = evaluation.encode(tokenizer, [problem])
     policy.check_context(model, len(prompts[0]), args.max_new_tokens)
-    value = evaluation.load_head(args.model, model, args.beta) if args.guide == "head" else None
+    value = evaluation.load_guide(args.model, model, args.beta) if args.guide == "head" else None
     if value is None and args.guide == "head":
         print("no value head beside this model: h = 0, the search is guided by log pi alone", file=sys.stderr)
     options = astar_search.Options(
@@ -290,7 +290,7 @@ def draw(args):
 
     facts = record(tree, args.prompt, token_text, verdicts if answer is not None else None)
     guide = "h = 0" if value is None else f"h of the value head{f' at beta {args.beta:g}' if args.beta else ''}"
-    about = f"K {args.K}, tau {args.tau:g}, width {args.width}, seed {args.seed}, {guide}; {expander.model_tokens} model tokens"
+    about = f"K {args.K}, tau {args.tau:g}, width {args.width}, seed {args.seed}, {guide}; {sum(expander.spent)} model tokens"
     return facts | {"answer": answer, "about": about}
 
 

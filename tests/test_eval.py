@@ -30,7 +30,7 @@ def evaluate(folder, decode, *more):
     """Figures and rows that `python eval.py --json` writes."""
     path = folder / f"{decode}.json"
     flags = ["--decode", decode, "--completions", K, "--device", "cpu", "--json", path, *MODES[decode], *more]
-    evaluation.main(list(map(str, flags)))
+    eval_files.main(list(map(str, flags)))
     return json.loads(path.read_text()), rows(folder / f"{decode}.jsonl")
 
 
@@ -235,7 +235,7 @@ def test_comparison_is_paired():
 def refused(capsys, *flags):
     """The one sentence on stderr, with exit status 2."""
     with pytest.raises(SystemExit) as stop:
-        evaluation.main(["--device", "cpu", *map(str, flags)])
+        eval_files.main(["--device", "cpu", *map(str, flags)])
     output = capsys.readouterr()
     assert stop.value.code == 2 and output.err.count("\n") == 1 and output.err.startswith("eval.py: "), output.err
     return output.err
@@ -276,7 +276,7 @@ def test_results_are_not_overwritten_unless_asked(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("precious\n")
     assert "a.jsonl exists" in refused(capsys, *small)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"] and (tmp_path / "a.jsonl").read_text() == "precious\n"
-    evaluation.main(list(map(str, (*small, "--overwrite"))))
+    eval_files.main(list(map(str, (*small, "--overwrite"))))
     assert len(rows(tmp_path / "a.jsonl")) == 2 and json.loads((tmp_path / "a.json").read_text())["flags"]["n"] == 2
 
 
@@ -294,12 +294,12 @@ def test_comparison_needs_no_model(tmp_path, capsys, monkeypatch):
     A, B = evaluate(tmp_path, "greedy", "--n", 20)[0], evaluate(tmp_path, "sample", "--n", 20)[0]
     monkeypatch.setattr(policy, "load_policy", None)
     capsys.readouterr()
-    evaluation.main(["--compare", str(tmp_path / "greedy.jsonl"), str(tmp_path / "sample.jsonl")])
+    eval_files.main(["--compare", str(tmp_path / "greedy.jsonl"), str(tmp_path / "sample.jsonl")])
     table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert table["problems"] == "20" and table["difference"] == f"{B['accuracy'] - A['accuracy']:.3f}"
 
 
-@pytest.mark.parametrize("main", [evaluation.main, train.main])
+@pytest.mark.parametrize("main", [eval_files.main, train.main])
 def test_torchrun_leaves_the_flags_alone(main, capsys):
     """torchrun takes a flag of the script that begins like one of its own for its own; --n is why there is --problems."""
     with pytest.raises(SystemExit):

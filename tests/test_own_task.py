@@ -16,7 +16,7 @@ import reward as reward_module
 import train
 import value as value_module
 from conftest import rows
-from experiments import run_folder
+from experiments import eval_files, run_folder
 
 ROOT = pathlib.Path(train.__file__).parent
 OWN = ROOT / "experiments" / "own_task"
@@ -100,7 +100,7 @@ def test_the_soft_value_has_the_bounds_of_the_runs_reward(finished):
     head.load_state_dict(load_file(folder / "value.safetensors"))
     hidden = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        h = evaluation.load_head(str(folder), model)(hidden)[1]
+        h = evaluation.load_guide(str(folder), model)(hidden)[1]
         assert torch.allclose(h, value_module.soft_value(head(hidden)[1], 0.0, 1.0, 0.2))
         assert not torch.allclose(h, value_module.soft_value(head(hidden)[1], -1.0, 1.1, 0.2))
 
@@ -120,7 +120,7 @@ def test_evaluation_by_both_scripts(finished, files, capsys):
     capsys.readouterr()
     train.main(["--eval-only", "--checkpoint", folder])
     first = capsys.readouterr().out
-    evaluation.main(["--model", folder, *files[2:], *REWARD, "--problems", "6", "--max-new-tokens", "14", "--device", "cpu"])
+    eval_files.main(["--model", folder, *files[2:], *REWARD, "--problems", "6", "--max-new-tokens", "14", "--device", "cpu"])
     for out in (first, capsys.readouterr().out):
         figures = dict(line.split()[:2] for line in out.splitlines() if line.startswith(("accuracy ", "format ")))
         assert float(figures["accuracy"]) == pytest.approx(last["eval_accuracy"], abs=1e-3)

@@ -178,13 +178,13 @@ def test_normalised_weights_sum_to_one_in_each_problem():
 
 def test_explained_variance_by_hand():
     returns, weights = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.full((4,), 0.25)
-    explained = lambda values, r=returns: policy.explained_variance(policy.moments(values, r, weights))
+    explained = lambda values, r=returns: policy.explained_variance(policy.variance_sums(values, r, weights))
     assert explained(returns) == pytest.approx(1.0)
     assert explained(torch.zeros(4)) == pytest.approx(0.0)
     assert explained(returns / 2) == pytest.approx(0.75)
     assert explained(returns, torch.ones(4)) is None
     # sums of two halves make the whole: ranks add them up
-    halves = [policy.moments(returns[i : i + 2] / 2, returns[i : i + 2], weights[i : i + 2]) for i in (0, 2)]
+    halves = [policy.variance_sums(returns[i : i + 2] / 2, returns[i : i + 2], weights[i : i + 2]) for i in (0, 2)]
     assert policy.explained_variance({key: halves[0][key] + halves[1][key] for key in halves[0]}) == pytest.approx(0.75)
 
 

@@ -347,6 +347,20 @@ def test_inclusion_by_hand():
     assert log_inclusion(-2.0, -math.inf, 1.0) == log_inclusion(-2.0, -2.0, 0.0) == log_inclusion(5000.0, 0.0, 1.0) == 0.0
 
 
+def test_plain_weights_of_unlikely_leaves():
+    """tau = 0, leaves of log pi -200, -201, -210, less than float32 holds: only their ratios count, and these are kept.
+    Guards against 0/0 in the normalised weights.  Likely leaves weigh pi itself."""
+    unlikely = lambda nodes: (torch.tensor([[-100.0, -101.0, -110.0]] * len(nodes)).double(), torch.zeros(len(nodes), 1))
+    likely = lambda nodes: (torch.tensor([[0.5, 0.3, 0.2]] * len(nodes)).double().log(), torch.zeros(len(nodes), 1))
+    weights = []
+    for expand in (unlikely, likely):
+        (tree,) = search(root_keys(0, 0, [0]), expand, Options(eos=(9,), K=4, tau=0.0, max_new_tokens=2))
+        weights.append(torch.tensor([leaf.weight for leaf in tree.leaves]))
+    first, *others = weights[0]
+    assert first > 0 and torch.allclose(first / torch.stack(others), torch.tensor([1.0, 1.0, 2.0]).exp())
+    assert torch.allclose(weights[1], torch.tensor([0.25, 0.15, 0.15, 0.1]))
+
+
 def test_weights_of_leaves_too_long_for_a_float():
     """pi of 2,000 tokens is 0 in float64, and so is q; pi/q is not.  Guards against 0/0: here pi is uniform, so with
     K = 2 leaves of equal pi the weights are equal too, and finite."""

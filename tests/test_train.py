@@ -176,17 +176,16 @@ print(json.dumps(texts))
 
 
 def test_eval_only(finished, capsys):
-    train.main(
-        [
-            "--eval-only",
-            "--checkpoint",
-            str(finished / "checkpoint_iter_4"),
-            "--eval-problems",
-            "6",
-            "--max-new-tokens",
-            "14",
-        ]
-    )
+    """Also of a run of several ranks, by one.  Guards against a --distributed that nobody can take back."""
+    folder = finished / "checkpoint_iter_4"
+    path = folder / "trainer_state.json"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace('"distributed": false', '"distributed": true'))
+        assert path.read_text() != text
+        train.main(f"--eval-only --checkpoint {folder} --eval-problems 6 --max-new-tokens 14".split())
+    finally:
+        path.write_text(text)
     figure = float(capsys.readouterr().out.split("accuracy")[1].split()[0])
     assert figure == pytest.approx(rows(finished / "metrics.jsonl")[-1]["eval_accuracy"], abs=1e-3)
 
