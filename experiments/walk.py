@@ -88,7 +88,7 @@ def main():
    v = G(s) - noisy + log(1 - e^(noisy-Z)),  G(sa) = G(s) - max(0,v) - log(1 + e^(-|v|))             astar_search.perturb""")
     # What collect() asks of a model's expander; slots are rows of the table, 0 is padding.
     known_values = torch.cat([torch.zeros(1), V.float()])
-    source = SimpleNamespace(prompts=[[PROMPT]], span=3, values=known_values, model_tokens=0, forwards=0)
+    source = SimpleNamespace(prompts=[[PROMPT]], span=3, values=known_values, spent=[], forwards=0)
 
     def expand(nodes):
         for node in nodes:  # width 1: one node, the head of the queue
