@@ -57,7 +57,7 @@ def table(rows, targets):
         for target in targets:
             mean, low, high, reached = to_target(seeds, target, "model_tokens")
             share = "" if reached == len(seeds) else f"; {reached} of {len(seeds)} seeds"
-            cells.append(f"{mean / 1e3:.0f} k ({low / 1e3:.0f}-{high / 1e3:.0f}{share})" if mean else "not reached")
+            cells.append(f"{mean / 1e3:.0f} k ({low / 1e3:.0f}-{high / 1e3:.0f}{share})" if mean is not None else "not reached")
         ends = []
         for setting in dict.fromkeys(row["setting"] for row in mine):
             own = [row for row in mine if row["setting"] == setting]
