@@ -219,6 +219,13 @@ def test_a_large_vocabulary_has_the_children_of_a_full_sort(tau, scale, unit):
         assert tau > 0 or (full["token"][1:] == np.arange(9)).all()
 
 
+def test_children_that_float32_cannot_tell_apart():
+    """The later a token, the likelier, by 1e-10 each.  Guards against a short cut that is believed where it cannot know."""
+    logp = (torch.arange(3000, dtype=torch.float64) * 1e-10 - 8).expand(2, 3000)
+    found = astar_search.best_children(logp, torch.zeros(2, 1), [(0.0, 0.0, 1)] * 2, 0.0, 9)
+    assert (found["token"] == np.arange(2999, 2990, -1)).all()
+
+
 # ======================================================================================= theorems 1 and 2: order
 
 
