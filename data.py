@@ -1,12 +1,14 @@
-"""data.py -- multiplication problems, their prompts, and a split that does not leak.
+"""data.py -- multiplication problems, their prompts, and an evaluation split that does not leak.
 
-A problem is `a * b = ?`.  Nothing here has to be saved or shuffled: problem number `index` of iteration `iteration`
-under `seed` is a pure function of these three integers, so a run resumes, or is split over machines, without a word
-about its data.
+A problem is `a * b = ?`. The problem number `index` of iteration `iteration` under `seed` is a pure
+function of these three integers. So a run can be resumed, or split over machines, without saving
+anything about its data: each process computes the problems that it needs.
+
+The problems may also come from a jsonl file: one {"prompt": ..., "answer": ...} a line.
 
     python data.py                       # statistics of the default problems (2-digit operands)
-    python data.py --digits 2x3          # a has 2 digits, b has 3;  also 3, 2-3, 1-2x4, ... up to 6 digits
-    python data.py --file my_task.jsonl  # one {"prompt": ..., "answer": ...} a line instead of made problems
+    python data.py --digits 2x3          # a has 2 digits, b has 3; also 3, 2-3, 1-2x4, ... up to 6
+    python data.py --file my_task.jsonl  # statistics of the problems in a file
 """
 
 import argparse
@@ -14,72 +16,99 @@ import collections
 import functools
 import hashlib
 import itertools
+import json
 import random
 import re
 import sys
 from dataclasses import dataclass
 
-# One unordered pair {a, b} in HELD_OUT belongs to evaluation, whatever the run.  The split is a hash of the pair and
-# not a list, so that it is the same for every range of operands, every seed and every size of the evaluation set.
+# One unordered pair {a, b} in HELD_OUT belongs to evaluation, in every run. The split is a hash of
+# the pair and not a list. So it is the same for every range of operands, every seed and every
+# number of evaluation problems.
 HELD_OUT = 7
 
-# The prompt of TinyZero (Pan et al. 2025, examples/data_preprocess/multiply.py): a base model has no chat template,
-# so the conversation is spelled out, and the opening <think> is given.  What is given here after the last newline is
-# a *prefill*: the reward reads it as part of the completion, or no completion would ever be well-formed.
+# The prompt of TinyZero (Pan et al. 2025, examples/data_preprocess/multiply.py). A base model has
+# no chat template, so the prompt spells the conversation out.
 TINYZERO = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-    "first thinks about the reasoning process in the mind and then provides the user with the answer.\n"
-    "User: What is {a} times {b}? Show your work in <think> </think> tags. And return the final answer, a single "
-    "number, in <answer> </answer> tags, for example <answer> 12 </answer>.\n"
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer.\n"
+    "User: What is {a} times {b}? Show your work in <think> </think> tags. And return the final "
+    "answer, a single number, in <answer> </answer> tags, for example <answer> 12 </answer>.\n"
     "Assistant: Let me solve this step by step.\n"
 )
-PROMPTS = {"tinyzero": (TINYZERO, "<think>"), "terse": ("{a}*{b}=", "")}  # style -> (template, prefill)
+
+# style -> (template, prefill). TinyZero's prompt ends with an opened <think>. Here that is not part
+# of the template but a prefill, which the reward reads as part of the completion. Otherwise the
+# reward would see a </think> that was never opened, and no completion would be well-formed.
+PROMPTS = {"tinyzero": (TINYZERO, "<think>"), "terse": ("{a}*{b}=", "")}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question.  The model is given `prompt + prefill`; the reward reads `prefill + completion`."""
+    """One question. The model is given prompt + prefill; the reward reads prefill + completion."""
 
     prompt: str
-    answer: int
-    difficulty: str = "all"  # "easy", "medium", "hard"; "all" for a file that does not say
+    answer: int  # with a reward of your own: any JSON value
+    difficulty: str = "all"  # "easy", "medium" or "hard"; "all" for a file that does not say
     prefill: str = ""
     operands: tuple = ()  # (a, b); empty for problems read from a file
 
     @property
     def text(self):
-        """What the model sees before its own first token."""
+        """What the model reads before it writes its first token."""
         return self.prompt + self.prefill
 
 
-# ------------------------------------------------------------------------------------------------- the operands
-def parse_digits(digits):
-    """'2' -> ((2, 2), (2, 2));  '2x3' -> ((2, 2), (3, 3));  '2-3' -> ((2, 3), (2, 3));  '1-2x4' -> ((1, 2), (4, 4)).
+# ----------------------------------------------------------------------------------------- Operands
 
-    Returns ((least, most digits of a), (least, most digits of b)).  Raises ValueError with one sentence otherwise.
+
+def parse_digits(digits):
+    """The ranges of digits that a value of --digits stands for.
+
+    '2' -> ((2, 2), (2, 2));  '2x3' -> ((2, 2), (3, 3));  '2-3' -> ((2, 3), (2, 3));
+    '1-2x4' -> ((1, 2), (4, 4)).
+    Returns ((least, most digits of a), (least, most digits of b)).
+    Raises ValueError with one sentence for anything else.
     """
     if re.fullmatch("[1-6](-[1-6])?(x[1-6](-[1-6])?)?", str(digits)):
-        ranges = [(int(part[0]), int(part[-1])) for part in str(digits).split("x")]  # one for both, or one for each
+        # One part stands for both operands, two parts for one operand each.
+        ranges = [(int(part[0]), int(part[-1])) for part in str(digits).split("x")]
         if all(least <= most for least, most in ranges):
             return ranges[0], ranges[-1]
-    raise ValueError(f"--digits {digits}: expected digits per operand from 1 to 6, such as 2, 3, 2x3, 2-3 or 1-2x4")
+    raise ValueError(
+        f"--digits {digits}: expected digits per operand from 1 to 6, "
+        "such as 2, 3, 2x3, 2-3 or 1-2x4"
+    )
 
 
 def difficulty(a, b):
-    """easy: a product of at most 3 digits;  medium: of 4;  hard: of 5 or more."""
+    """'easy': a product of at most 3 digits; 'medium': of 4; 'hard': of 5 or more."""
     product = a * b
-    return "easy" if product < 1_000 else "medium" if product < 10_000 else "hard"
+    if product < 1_000:
+        return "easy"
+    if product < 10_000:
+        return "medium"
+    return "hard"
 
 
 def is_held_out(a, b):
-    """True if {a, b} belongs to evaluation.  Symmetric: neither a*b nor b*a of an evaluation problem is trained on."""
-    name = f"{min(a, b)}*{max(a, b)}".encode()
-    # a checksum, for Python's own hash() of a text is another one in every process
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") % HELD_OUT == 0
+    """True if the pair {a, b} belongs to evaluation.
+
+    Symmetric: if a*b is an evaluation problem, neither a*b nor b*a is ever trained on.
+    """
+    name = f"{min(a, b)}*{max(a, b)}"
+    # A checksum, because Python's own hash() of a text differs from process to process.
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT == 0
 
 
 def draw_operands(rng, digits):
-    """One pair (a, b): the number of digits uniform over its range, then the operand uniform given its digits."""
+    """One random pair (a, b).
+
+    digits: two ranges as parse_digits returns them. The number of digits is uniform over its range,
+    then the operand is uniform among those with that many digits.
+    """
     pair = []
     for least, most in digits:
         n = rng.randint(least, most)
@@ -88,104 +117,214 @@ def draw_operands(rng, digits):
 
 
 def make_problem(a, b, style="terse", prefill=None):
-    """The Problem a*b in a prompt style of PROMPTS; `prefill` replaces the style's own (evaluation forces <think>)."""
-    template, default = PROMPTS[style]
-    prefill = default if prefill is None else prefill  # "" is a wish, not an absence
-    return Problem(template.format(a=a, b=b), a * b, difficulty(a, b), prefill, (a, b))
+    """The Problem a*b in a prompt style of PROMPTS.
 
-
-# ---------------------------------------------------------------------------------------------------- the split
-def train_problem(seed, iteration, index, digits="2", style="terse"):
-    """Problem `index` of `iteration`: a pure function of its arguments, never a held-out pair.
-
-    Random(text) seeds from a SHA-512 of the text, the same on every machine and Python version.
+    prefill: a text that replaces the style's own (evaluation can force a <think> this way). The
+    empty text "" means no prefill; None means the style's own.
     """
-    rng, ranges = random.Random(f"train {seed} {iteration} {index}"), parse_digits(digits)
+    template, style_prefill = PROMPTS[style]
+    return Problem(
+        prompt=template.format(a=a, b=b),
+        answer=a * b,
+        difficulty=difficulty(a, b),
+        prefill=style_prefill if prefill is None else prefill,
+        operands=(a, b),
+    )
+
+
+# -------------------------------------------------------------------------- Training and evaluation
+
+
+def train_problem(seed, iteration, index, digits="2", style="terse"):
+    """Problem `index` of an iteration: a pure function of its arguments, never a held-out pair."""
+    # Random(text) takes its seed from a SHA-512 of the text. That is the same on every machine and
+    # in every version of Python.
+    rng = random.Random(f"train {seed} {iteration} {index}")
+    ranges = parse_digits(digits)
     a, b = draw_operands(rng, ranges)
-    while is_held_out(a, b):  # one draw in seven; no range is held out as a whole
+    # One draw in seven is rejected. The loop ends, because no range is held out as a whole.
+    while is_held_out(a, b):
         a, b = draw_operands(rng, ranges)
     return make_problem(a, b, style)
 
 
 def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
-    """n different held-out problems, each unordered pair once, in an order fixed by `seed` (not by the run's seed).
+    """n different held-out problems, each unordered pair once.
 
-    The first 100 of 500 are the 100.  Raises ValueError if the range does not hold n such pairs.
+    Their order is fixed by `seed`, which is not the seed of the run. The first 100 of 500 problems
+    are the same as the 100 problems of n = 100.
+    Raises ValueError if n is not in [1, 100000], or if the range does not hold n such pairs.
     """
     if not 1 <= n <= 100_000:
         raise ValueError(f"the number of evaluation problems must lie in [1, 100000], but is {n}")
-    rng, ranges = random.Random(f"evaluation {seed}"), parse_digits(digits)
-    drawn = (draw_operands(rng, ranges) for _ in range(min(2_000 + 200 * n, 1_000_000)))
-    # In a small range the last pairs are drawn too rarely: then go through all of it.  (A range of more than 10 million
-    # pairs never comes to that: a seventh of a million draws is more than the largest n.)
-    all_a, all_b = (range(10 ** (least - 1), 10**most) for least, most in ranges)
-    every = ((a, b) for a in all_a for b in all_b)
-    found = {}  # unordered pair -> as it was drawn
-    for a, b in itertools.chain(drawn, every):
+    rng = random.Random(f"evaluation {seed}")
+    ranges = parse_digits(digits)
+    draws = min(2_000 + 200 * n, 1_000_000)
+    random_pairs = (draw_operands(rng, ranges) for _ in range(draws))
+    # In a small range the last few pairs are hardly ever drawn. So the draws are followed by a walk
+    # through all pairs. In a range of over 10 million pairs, where the walk would take long, the
+    # draws always suffice: one in seven is held out, and a seventh of a million exceeds any n.
+    (a_least, a_most), (b_least, b_most) = ranges
+    all_a = range(10 ** (a_least - 1), 10**a_most)
+    all_b = range(10 ** (b_least - 1), 10**b_most)
+    all_pairs = ((a, b) for a in all_a for b in all_b)
+    found = {}  # unordered pair -> the pair as it was drawn
+    for a, b in itertools.chain(random_pairs, all_pairs):
         if len(found) == n:
             break
         if is_held_out(a, b):
             found.setdefault((min(a, b), max(a, b)), (a, b))
     if len(found) < n:
-        raise ValueError(f"--digits {digits} holds only {len(found)} evaluation problems, fewer than the {n} asked for")
+        raise ValueError(
+            f"--digits {digits} holds only {len(found)} evaluation problems, "
+            f"fewer than the {n} asked for"
+        )
     return [make_problem(a, b, style, prefill) for a, b in found.values()]
 
 
-# ------------------------------------------------------------------------------------------ problems from a file
-def read_problems(path, prefill=None, any_answer=False):
-    """Problems of a jsonl file: one object a line with `prompt` (text) and `answer` (whole number, or its digits);
-    `difficulty` and `prefill` if you like.  any_answer: any JSON will do, or none; a reward of one's own reads it.
-    Raises ValueError that names the line, OSError if it cannot be read.  (The one function that needs another file.)"""
-    from experiments.own_task import load
+# ----------------------------------------------------------------------------- Problems from a file
 
-    return load.read_problems(path, prefill, any_answer)
+
+def read_problems(path, prefill=None, any_answer=False):
+    """The problems of a jsonl file, one object a line; blank lines are skipped.
+
+    Keys of an object: `prompt` (text) and `answer` (a whole number, or a text of its digits);
+    optional are `difficulty` and `prefill` (texts).
+    prefill: a text that replaces the prefill of every line; None keeps them.
+    any_answer: `answer` may be any JSON value, or missing (for a reward of your own).
+    Raises ValueError that names the line, and OSError if the file cannot be read.
+    """
+    problems = []
+    # Read as bytes, because json decodes each line itself. A line that is not UTF-8 is then an
+    # error of that line, which can be named.
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                problem = read_problem(line, prefill, any_answer)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            problems.append(problem)
+    if not problems:
+        raise ValueError(f"{path}: no problems in it")
+    return problems
+
+
+def read_problem(line, prefill, any_answer):
+    """The Problem of one line (bytes or text) of a file; the arguments are those of read_problems.
+
+    Raises ValueError that says what is wrong with the line.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        # JSONDecodeError.msg is the reason without the place; other ValueErrors have no msg.
+        raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from None
+    if not isinstance(row, dict):
+        raise ValueError("expected an object with the keys prompt and answer")
+    if "prompt" not in row:
+        raise ValueError("the key prompt is missing")
+    if "answer" not in row and not any_answer:
+        raise ValueError("the key answer is missing")
+
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError("prompt must be a text that is not empty")
+
+    answer = row.get("answer")
+    if not any_answer:
+        # In Python True is an int, and int() accepts "1_000", so the text is checked first. More
+        # than 90 digits are refused, since int() raises an error for thousands of them.
+        if isinstance(answer, bool) or not re.fullmatch("[+-]?[0-9]{1,90}", str(answer)):
+            raise ValueError(f"answer must be a whole number, not {answer!r}")
+        answer = int(answer)
+
+    if prefill is None:
+        prefill = row.get("prefill", "")
+    if not isinstance(prefill, str):
+        raise ValueError("prefill must be a text")
+    level = str(row.get("difficulty", "all"))
+    return Problem(prompt=prompt, answer=answer, difficulty=level, prefill=prefill)
 
 
 @functools.lru_cache(maxsize=2)
-def order_of(n, seed, epoch):
-    """0 to n - 1 in the order of an epoch; kept, since each problem of the epoch asks for it."""
+def epoch_order(n, seed, epoch):
+    """The numbers 0 to n - 1 in the random order of one epoch.
+
+    Cached, because every problem of the epoch asks for the same list.
+    """
     order = list(range(n))
     random.Random(f"file {seed} {epoch}").shuffle(order)
     return order
 
 
 def pick_problem(problems, seed, iteration, index, per_iteration):
-    """The counterpart of train_problem for a file: walk through it epoch by epoch, each in an order of its own."""
+    """Problem `index` of an iteration, from a file: the counterpart of train_problem.
+
+    problems: all problems of the file; per_iteration: how many of them an iteration uses; the first
+    iteration is 0. Each epoch visits every problem once, in a new order.
+    """
     epoch, place = divmod(iteration * per_iteration + index, len(problems))
-    return problems[order_of(len(problems), seed, epoch)[place]]
+    return problems[epoch_order(len(problems), seed, epoch)[place]]
 
 
-# --------------------------------------------------------------------------------------------------- statistics
+# --------------------------------------------------------------------------------------- Statistics
+
+
 def statistics(problems):
-    """Counts by difficulty; smallest and largest operand, answer, and length of a prompt in characters."""
-    span = lambda numbers: (min(numbers), max(numbers)) if numbers else None
+    """Counts by difficulty, and the (smallest, largest) operand, answer and prompt length.
+
+    The length of a prompt is in characters, with its prefill. A range over nothing is None.
+    """
     counts = collections.Counter(problem.difficulty for problem in problems)
     stats = {"problems": len(problems), "difficulty": dict(sorted(counts.items()))}
-    stats["operands"] = span([operand for problem in problems for operand in problem.operands])
-    return stats | {"answers": span([p.answer for p in problems]), "prompt": span([len(p.text) for p in problems])}
+    measured = {
+        "operands": [operand for problem in problems for operand in problem.operands],
+        "answers": [problem.answer for problem in problems],
+        "prompt": [len(problem.text) for problem in problems],
+    }
+    for name, numbers in measured.items():
+        stats[name] = (min(numbers), max(numbers)) if numbers else None
+    return stats
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Statistics of the problems, and a check that the split is clean.")
-    parser.add_argument("--digits", default="2", help="digits per operand: 2, 3, 2x3, 2-3, ... up to 6 (default 2)")
+    """Print the statistics of a file, or those of made problems with a check of their split."""
+    parser = argparse.ArgumentParser(
+        description="Statistics of the problems, and a check that the split is clean."
+    )
+    parser.add_argument(
+        "--digits", default="2", help="digits per operand: 2, 3, 2x3, 2-3, ... up to 6 (default 2)"
+    )
     parser.add_argument("--n", type=int, default=500, help="evaluation problems (default 500)")
-    parser.add_argument("--file", help="a jsonl file with prompt and answer instead of made problems")
+    parser.add_argument(
+        "--file", help="a jsonl file with prompt and answer instead of made problems"
+    )
     args = parser.parse_args()
     try:
         if args.file:
-            return print(args.file, statistics(read_problems(args.file)))
+            print(args.file, statistics(read_problems(args.file)))
+            return
         held_out = eval_problems(args.n, args.digits)
         train = [train_problem(0, 0, index, args.digits) for index in range(2_000)]
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"digits {args.digits}, prompts such as {train[0].text!r} with the answer {train[0].answer}")
-    for name, problems in (("train (2000 draws)", train), ("evaluation", held_out)):
-        print(f"\n{name}", *(f"  {key:14s} {value}" for key, value in statistics(problems).items()), sep="\n")
 
-    # What the file is for, asserted: no evaluation pair is trained on in either order, and a draw can be repeated.
-    pairs = {frozenset(problem.operands) for problem in held_out}
-    assert len(pairs) == len(held_out) and pairs.isdisjoint(frozenset(problem.operands) for problem in train)
+    first = train[0]
+    print(f"digits {args.digits}, prompts such as {first.text!r} with the answer {first.answer}")
+    for title, problems in (("train (2000 draws)", train), ("evaluation", held_out)):
+        print(f"\n{title}")
+        for key, value in statistics(problems).items():
+            print(f"  {key:14s} {value}")
+
+    # No evaluation pair is trained on, in either order.
+    held_out_pairs = {frozenset(problem.operands) for problem in held_out}
+    train_pairs = {frozenset(problem.operands) for problem in train}
+    assert len(held_out_pairs) == len(held_out)
+    assert held_out_pairs.isdisjoint(train_pairs)
+    # A draw can be repeated.
     assert train[7] == train_problem(0, 0, 7, args.digits)
     print("\nno evaluation pair among the training draws, in either order: ok")
 

@@ -1,239 +1,757 @@
-"""eval.py -- how good is a policy on problems it was never trained on, and is it better than another?
+"""eval.py -- how good is a policy on held-out problems, and is it better than another one?
 
 Three ways to decode, all on the expander of astar_search.py:
 
     greedy    the most probable token, step by step
-    sample    i.i.d. completions: mean accuracy, pass@k, and the vote of the majority
-    astar     best-first search guided by the value head; the answer is the first leaf found.  It never sees the reward.
+    sample    independent completions: mean accuracy, pass@k and the majority vote
+    astar     best-first search guided by the value head; the answer is the first leaf found
 
-    python eval.py --json base.json                                       # the tiny base, greedy; and base.jsonl
+The search of an evaluation never sees the reward: its figures can be had without the right answer.
+
+Two departures from common practice. The interval of the accuracy counts outcomes by an effective
+sample size, because completions of one problem resemble each other. Two models are compared problem
+by problem, because a paired test detects smaller differences than two separate intervals.
+
+    python eval.py --json base.json                  # the tiny base, greedy; also writes base.jsonl
     python eval.py --model runs/local/checkpoint_iter_360 --decode astar --json out.json
-    python eval.py --compare base.jsonl out.jsonl                         # a paired test on the same problems
-    torchrun --standalone --nproc_per_node=2 eval.py --problems 500       # the same figures from two processes
-    python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --completions 8 --max-new-tokens 512
+    python eval.py --compare base.jsonl out.jsonl    # a paired test on the same problems
+    python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --max-new-tokens 512
+    torchrun --standalone --nproc_per_node=2 eval.py --problems 500    # two processes, same figures
 """
 
 import argparse
+import functools
 import json
 import math
+import operator
 import os
 import sys
+import tempfile
 import time
 
 import torch
 from safetensors.torch import load_file
 
 import astar_search
+import data
 import fsdp
 import policy
 import reward as reward_module
 import value as value_module
 
+TINY_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base")
 
-# ====================================================================================================== figures
+
+# -------------------------------------------------------------------------------------- Statistics
 def pass_at_k(n, correct, k):
-    """Chance that k of n drawn completions, `correct` of them right, hold a right one.  Unbiased for k new draws (Chen
-    et al. 2021, arXiv 2107.03374, eq. 1), and less noisy than to look at the first k alone."""
-    # pass@k = 1 - C(n-c, k)/C(n, k): all k are drawn from the n - c wrong ones
+    """Chance that k of n drawn completions, `correct` of them right, hold a right one.
+
+    Unbiased for k new draws, and less noisy than to look at the first k alone
+    (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    """
+    # pass@k = 1 - C(n - c, k) / C(n, k): the second term is the chance to draw only wrong ones
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def interval(shares, draws=1, z=1.959964):
-    """95 % interval for the mean of `shares`, the share of right completions among the `draws` of each problem.
+    """95 % interval [low, high] for the mean of `shares`.
 
-    Problems are drawn, and completions of one problem are alike: counting each completion would make the interval too
-    narrow, counting each problem as one 0/1 outcome too wide.  So it is Wilson's interval (1927) for as many outcomes
-    as would be as noisy: the effective sample size (Kish 1965), between problems and problems * draws.  With one draw
-    that is the number of problems.  Unlike a bootstrap's, the interval is not [0, 0] when none is right.
+    shares: for each problem, the share of right completions among its `draws`.
+
+    Completions of one problem resemble each other. To count each completion would make the
+    interval too narrow; to count each problem as a single 0/1 outcome would make it too wide. So
+    this is Wilson's interval (1927) for the number of 0/1 outcomes that would be equally noisy, the
+    effective sample size (Kish 1965). It lies between problems and problems * draws; with one draw
+    it is the number of problems. Unlike a bootstrap's, the interval is not [0, 0] when no
+    completion is right.
     """
     n = len(shares)
     p = sum(shares) / n
-    # n_eff = p(1-p)/Var(mean), Var(mean) = spread/n
-    spread = sum((x - p) ** 2 for x in shares) / n
-    n *= max(1.0, min(draws, p * (1 - p) / max(spread, 1e-12)))
-    # |p - P| = z sqrt(P(1-P)/n), solved for P
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+    # n_eff = p (1 - p) / Var(mean), where Var(mean) = spread / n
+    spread = sum((share - p) ** 2 for share in shares) / n
+    n_eff = n * max(1.0, min(draws, p * (1 - p) / max(spread, 1e-12)))
+    # |p - P| = z sqrt(P (1 - P) / n_eff), solved for P
+    centre = p + z * z / (2 * n_eff)
+    half_width = z * math.sqrt(p * (1 - p) / n_eff + (z / (2 * n_eff)) ** 2)
+    scale = 1 + z * z / n_eff
+    return [max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)]
 
 
-def majority(votes):
-    """1 if the answer with most votes is right, else 0; if answers lead together, the chance that a coin picks a right
-    one.  votes: (answer, weight, is it right?) of each completion; one without an answer, None, does not vote."""
-    weights, right = {}, {}
+def majority_vote(votes):
+    """1 if the answer with most votes is right, else 0.
+
+    votes: (answer, weight, is it right?) of each completion. A completion without an answer (None)
+    does not vote. If several answers lead, the result is the chance that a fair draw among them
+    picks a right one.
+    """
+    weight_of = {}
+    is_right = {}
     for answer, weight, correct in votes:
         if answer is not None:
-            weights[answer] = weights.get(answer, 0.0) + weight
-            right[answer] = correct
-    most = max(weights.values(), default=0.0)
-    leaders = [answer for answer, weight in weights.items() if weight >= most * (1 - 1e-9)]  # equal but for rounding
-    return sum(right[answer] for answer in leaders) / max(1, len(leaders))
+            weight_of[answer] = weight_of.get(answer, 0.0) + weight
+            is_right[answer] = correct
+    if not weight_of:
+        return 0.0
+    # Weights are sums of floats, so equal ones may differ by rounding.
+    most = max(weight_of.values())
+    leaders = [answer for answer, weight in weight_of.items() if weight >= most * (1 - 1e-9)]
+    return sum(is_right[answer] for answer in leaders) / len(leaders)
 
 
-def answers(row, decode):
-    """The completions of a problem that count: every draw, but of an A* search its first leaf.  (Which leaf is the best
-    one only the reward knows, and a decoder has no access to it.)"""
-    return row["completions"][:1] if decode == "astar" else row["completions"]
+def sign_test(better, worse):
+    """Two-sided p of `better` against `worse` among the problems that differ.
+
+    If the two models are equal, each such problem is a fair coin. For 0/1 outcomes this is
+    McNemar's exact test. For shares of several draws it tests the direction of the differences,
+    not their size.
+    """
+    n = better + worse
+    # p = 2 sum_{i <= min(better, worse)} C(n, i) / 2^n
+    tail = sum(math.comb(n, i) for i in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**n)
 
 
-def scores(row, decode):
-    """The figures of one problem, each a mean over its draws.  A search that found no leaf counts as wrong."""
-    judged = answers(row, decode)
-    draws = max(1, sum(c["count"] for c in judged))  # a completion that was drawn twice is there once, and counts twice
-    names = {"accuracy": "correct", "format": "formatted", "completion_length": "tokens", "truncated": "truncated"}
-    figures = {name: sum(c["count"] * c[key] for c in judged) / draws for name, key in names.items()}
-    if decode != "greedy":
-        figures["majority"] = majority((c["answer"], c["weight"], c["correct"]) for c in row["completions"])
+# ----------------------------------------------------------------------------------------- Figures
+def judged_completions(row, decode):
+    """The completions of a problem that are scored: all draws, but of a search its first leaf.
+
+    Only the reward knows which leaf is the best one, and a decoder has no access to the reward.
+    """
     if decode == "astar":
-        figures["found"] = float(any(c["correct"] for c in row["completions"]))
+        return row["completions"][:1]
+    return row["completions"]
+
+
+def problem_scores(row, decode):
+    """The figures of one problem, each a mean over its draws. No leaf found counts as wrong."""
+    judged = judged_completions(row, decode)
+    # A completion that was drawn twice is listed once, with a count of 2.
+    draws = max(1, sum(c["count"] for c in judged))
+    scores = {
+        "accuracy": sum(c["count"] * c["correct"] for c in judged) / draws,
+        "format": sum(c["count"] * c["formatted"] for c in judged) / draws,
+        "completion_length": sum(c["count"] * c["tokens"] for c in judged) / draws,
+        "truncated": sum(c["count"] * c["truncated"] for c in judged) / draws,
+    }
+    if decode != "greedy":
+        # All leaves of a search vote, each by its weight pi/q.
+        votes = [(c["answer"], c["weight"], c["correct"]) for c in row["completions"]]
+        scores["majority"] = majority_vote(votes)
+    if decode == "astar":
+        scores["found"] = float(any(c["correct"] for c in row["completions"]))
     if decode == "sample":
-        right = sum(c["count"] for c in judged if c["correct"])
-        figures |= {f"pass@{k}": pass_at_k(draws, right, k) for k in (2**i for i in range(draws.bit_length()))}
+        correct = sum(c["count"] for c in judged if c["correct"])
+        k = 1
+        while k <= draws:
+            scores[f"pass@{k}"] = pass_at_k(draws, correct, k)
+            k *= 2
+    return scores
+
+
+def summarise(rows, draws):
+    """Every figure as the mean over problems of equal weight, and the interval of the accuracy."""
+    accuracies = [row["scores"]["accuracy"] for row in rows]
+    figures = {
+        "problems": len(rows),
+        "accuracy": sum(accuracies) / len(rows),
+        "accuracy_interval": interval(accuracies, draws),
+    }
+    for name in rows[0]["scores"]:
+        figures[name] = sum(row["scores"][name] for row in rows) / len(rows)
+    figures["tokens_per_problem"] = sum(row["model_tokens"] for row in rows) / len(rows)
     return figures
 
 
-def summary(rows, draws):
-    """Every figure as the mean over problems, each of equal weight, and the interval of the accuracy."""
-    means = {name: sum(row["scores"][name] for row in rows) / len(rows) for name in rows[0]["scores"]}
-    within = interval([row["scores"]["accuracy"] for row in rows], draws)
-    first = {"problems": len(rows), "accuracy": means["accuracy"], "accuracy_interval": within}
-    return first | means | {"tokens_per_problem": sum(row["model_tokens"] for row in rows) / len(rows)}
+def summarise_by_difficulty(rows, draws):
+    """The figures of all problems, then each as NAME_by_difficulty: {level: figure}."""
+    rows_of_level = {}
+    for row in rows:
+        rows_of_level.setdefault(row["difficulty"], []).append(row)
+    # The levels of made problems from easy to hard, then those of a file by name.
+    levels = [level for level in ("easy", "medium", "hard") if level in rows_of_level]
+    levels += sorted(set(rows_of_level) - set(levels))
+    figures_of_level = {level: summarise(rows_of_level[level], draws) for level in levels}
+
+    figures = summarise(rows, draws)
+    for name in list(figures):
+        by_level = {level: figures_of_level[level][name] for level in levels}
+        figures[f"{name}_by_difficulty"] = by_level
+    return figures
 
 
-def report(result):
-    """The figures as a table: of all problems, then by difficulty if there are several."""
-    number = lambda x: f"{x:.3f}" if isinstance(x, float) else str(x)
-    text = lambda x: " to ".join(map(number, x)) if isinstance(x, list) else number(x)
-    several = len(result.get("accuracy_by_difficulty", ())) > 1
-    lines = [("", "all", *result["accuracy_by_difficulty"])] if several else []
+def format_figure(figure):
+    """A figure as text: a float with three decimals, a list (an interval) as 'low to high'."""
+    if isinstance(figure, list):
+        return " to ".join(format_figure(end) for end in figure)
+    if isinstance(figure, float):
+        return f"{figure:.3f}"
+    return str(figure)
+
+
+def format_report(result):
+    """The figures as a table: of all problems, then by difficulty if there are several levels."""
+    levels = list(result.get("accuracy_by_difficulty", ()))
+    table = []
+    if len(levels) > 1:
+        table.append(["", "all", *levels])
     for name, figure in result.items():
-        if not name.endswith("_by_difficulty"):
-            by_level = result.get(f"{name}_by_difficulty", {}) if several else {}
-            lines.append((name, *map(text, (figure, *by_level.values()))))
-    return "\n".join(f"{name:20s}" + "".join(f"{cell:>17s}" for cell in cells) for name, *cells in lines)
+        if name.endswith("_by_difficulty"):
+            continue
+        line = [name, format_figure(figure)]
+        if len(levels) > 1:
+            by_level = result.get(f"{name}_by_difficulty", {})
+            line += [format_figure(part) for part in by_level.values()]
+        table.append(line)
+    lines = []
+    for name, *cells in table:
+        lines.append(f"{name:20s}" + "".join(f"{cell:>17s}" for cell in cells))
+    return "\n".join(lines)
 
 
-# ===================================================================================================== decoding
-def guide(head, bounds, beta, use_head=True):
-    """value(hidden (n, D)) -> V (n,), h (n,) in nats, for the expander; h = 0 unless use_head; None without a head."""
+# ------------------------------------------------------------------------------ The value function
+def value_function(head, bounds, beta, use_head=True):
+    """What astar_search.Expander asks of a value head: hidden (n, D) -> V (n,), h (n,) in nats.
 
-    def value(hidden):
+    bounds: (r_lo, r_hi) of the reward that the head was trained on. use_head=False sets h to 0, so
+    that the search is not guided; V is still there. Returns None if head is None.
+    """
+    if head is None:
+        return None
+    r_lo, r_hi = bounds
+
+    def values_and_guide(hidden):
         V, u_logit = head(hidden)
-        return V, value_module.soft_value(u_logit, *bounds, beta) if use_head else torch.zeros_like(V)
+        if use_head:
+            h = value_module.soft_value(u_logit, r_lo, r_hi, beta)
+        else:
+            h = torch.zeros_like(V)
+        return V, h
 
-    return None if head is None else value
+    return values_and_guide
 
 
-def load_guide(folder, model, beta=None):
-    """The guide of a checkpoint folder: its value head with the (r_lo, r_hi, beta) it was trained for, or another beta;
-    None if it has none.  The bounds belong to the head: u is measured from exp(r_lo/beta) = 0 to exp(r_hi/beta) = 1."""
-    path, state = os.path.join(folder, "value.safetensors"), os.path.join(folder, "trainer_state.json")
-    if not os.path.isfile(path) or not os.path.isfile(state):
+def load_value_function(folder, model, beta=None):
+    """The value function of a checkpoint folder, or None if the folder holds no value head.
+
+    beta: a temperature to use instead of that of the training. The reward's bounds are always those
+    of the training: u is 0 at exp(r_lo/beta) and 1 at exp(r_hi/beta). Raises ValueError if the head
+    cannot be read.
+    """
+    weights_path = os.path.join(folder, "value.safetensors")
+    state_path = os.path.join(folder, "trainer_state.json")
+    if not os.path.isfile(weights_path) or not os.path.isfile(state_path):
         return None
     try:
-        with open(state) as file:
+        with open(state_path) as file:
             state = json.load(file)
-        weights = load_file(path)
-        head = value_module.ValueHead(model.config.get_text_config().hidden_size, weights["inner.weight"].shape[0])
+        weights = load_file(weights_path)
+        hidden_size = model.config.get_text_config().hidden_size
+        head = value_module.ValueHead(hidden_size, width=weights["inner.weight"].shape[0])
         head.load_state_dict(weights)
-        return guide(head.to(model.device), state["reward_bounds"], beta or state["config"]["beta"])
-    except Exception as error:  # truncated, of another model, edited by hand: whatever it is, there is no head to use
-        raise ValueError(f"{folder}: its value head cannot be read ({type(error).__name__})") from None
+        head = head.to(model.device)
+        return value_function(head, state["reward_bounds"], beta or state["config"]["beta"])
+    except Exception as error:
+        # Truncated, of another model, edited by hand: in all of these cases no head can be used.
+        name = type(error).__name__
+        raise ValueError(f"{folder}: its value head cannot be read ({name})") from None
 
 
-def encode(tokenizer, problems):
-    """Prompt and prefill of each problem as token ids."""
-    ids = [tokenizer(problem.text)["input_ids"] for problem in problems]
-    if [] in ids:
-        raise ValueError(f"the tokenizer gives no tokens for the prompt {problems[ids.index([])].text!r}")
-    return ids
+# ------------------------------------------------------------------------- Prompts and completions
+def encode_prompts(tokenizer, problems):
+    """Prompt and prefill of each problem as token ids. Raises ValueError if there are none."""
+    prompts = []
+    for problem in problems:
+        ids = tokenizer(problem.text)["input_ids"]
+        if not ids:
+            raise ValueError(f"the tokenizer gives no tokens for the prompt {problem.text!r}")
+        prompts.append(ids)
+    return prompts
 
 
-def judge_one(problem, ids, truncated, tokenizer, reward, max_new_tokens):
+def judge_completion(problem, ids, truncated, tokenizer, reward, max_new_tokens):
     """(text, verdict) of one completion.
 
-    ids: its tokens, the last one the end of sequence unless it was truncated.  text: what the reward reads, prefill
-    included, for the prompt may have opened the <think> that the completion closes.  verdict: Reward's dict of parts.
+    ids: its tokens; the last one is the end of sequence unless the completion was truncated.
+    text: what the reward reads. It includes the prefill, because the prompt may have opened the
+    <think> that the completion closes. verdict: the dict of parts that Reward returns.
     """
-    text = problem.prefill + tokenizer.decode(ids if truncated else ids[:-1], skip_special_tokens=True)
+    written = ids if truncated else ids[:-1]
+    text = problem.prefill + tokenizer.decode(written, skip_special_tokens=True)
     return text, reward.judge(problem, text, len(ids) / max_new_tokens, truncated)
 
 
-def judge(rollouts, tokenizer, problems, reward, max_new_tokens):
-    """([text], [verdict]) of all rollouts."""
-    facts = zip(rollouts.problem.tolist(), rollouts.completions(), rollouts.truncated.tolist())
-    pairs = [judge_one(problems[p], ids, cut, tokenizer, reward, max_new_tokens) for p, ids, cut in facts]
-    return [text for text, _ in pairs], [verdict for _, verdict in pairs]
+def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens):
+    """([text], [verdict]) of all B rollouts."""
+    texts = []
+    verdicts = []
+    truncated = rollouts.truncated.tolist()
+    for index, ids, cut in zip(rollouts.problem.tolist(), rollouts.completions(), truncated):
+        text, verdict = judge_completion(
+            problem=problems[index],
+            ids=ids,
+            truncated=cut,
+            tokenizer=tokenizer,
+            reward=reward,
+            max_new_tokens=max_new_tokens,
+        )
+        texts.append(text)
+        verdicts.append(verdict)
+    return texts, verdicts
 
 
-def is_right(tokenizer, problems, reward, max_new_tokens):
-    """leaf -> is its completion right?  For a search in training that may stop there; it knows the answer."""
-    facts = tokenizer, reward, max_new_tokens
-    return lambda leaf: judge_one(problems[leaf.problem], leaf.path(), leaf.truncated, *facts)[1]["correct"]
+def right_leaf_test(tokenizer, problems, reward, max_new_tokens):
+    """A function leaf -> is its completion right?
+
+    It is meant for Options.until of a search in training. It knows the answer, so evaluation never
+    uses it.
+    """
+
+    def is_right(leaf):
+        _, verdict = judge_completion(
+            problem=problems[leaf.problem],
+            ids=leaf.tokens(),
+            truncated=leaf.truncated,
+            tokenizer=tokenizer,
+            reward=reward,
+            max_new_tokens=max_new_tokens,
+        )
+        return verdict["correct"]
+
+    return is_right
+
+
+# -------------------------------------------------------------------------------------- Evaluation
+def decode_chunk(model, prompts, keys, options, decode, value_function):
+    """Decode N prompts in lock-step. Returns N trees, and the model tokens spent on each.
+
+    prompts: N lists of token ids; keys: N root keys of the noise.
+    """
+    expander = astar_search.Expander(model, prompts, options.max_new_tokens, value_function)
+    if decode == "astar":
+        # h comes from the head alone and options.until is not set: nothing here knows the answer.
+        trees = astar_search.search(keys, expander, options)
+    else:
+        trees = astar_search.sample(keys, expander, options, greedy=decode == "greedy")
+    return trees, expander.spent
+
+
+def problem_row(index, problem, tree, model_tokens, tokenizer, reward, max_new_tokens):
+    """What the jsonl file holds of one problem and its completions, all but the scores."""
+    completions = []
+    for leaf in tree.leaves:
+        text, verdict = judge_completion(
+            problem=problem,
+            ids=leaf.tokens(),
+            truncated=leaf.truncated,
+            tokenizer=tokenizer,
+            reward=reward,
+            max_new_tokens=max_new_tokens,
+        )
+        completion = {
+            "text": text,
+            "count": leaf.count,
+            "weight": leaf.weight,
+            "f": leaf.f,
+            "tokens": leaf.depth,
+            "truncated": leaf.truncated,
+        }
+        completion.update(verdict)
+        completions.append(completion)
+    return {
+        "index": index,
+        "prompt": problem.prompt,
+        "prefill": problem.prefill,
+        "truth": problem.answer,
+        "difficulty": problem.difficulty,
+        "model_tokens": model_tokens,
+        "completions": completions,
+    }
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, problems, reward, ranks, *, decode="greedy", n=8, max_new_tokens=48, value=None, tau=0.0,
-             width=2, max_nodes=1024, batch=512, seed=0):  # fmt: skip
-    """Returns (result, rows): figures for JSON, and one row a problem with its completions, verdicts and scores.
+def evaluate(
+    model,
+    tokenizer,
+    problems,
+    reward,
+    ranks,
+    *,
+    decode="greedy",
+    n=8,
+    max_new_tokens=48,
+    value_function=None,
+    tau=0.0,
+    width=2,
+    max_nodes=1024,
+    batch=512,
+    seed=0,
+):
+    """Returns (result, rows): figures for JSON, and one row a problem with completions and scores.
 
-    model: in eval mode; n: completions a problem (sample) or leaves (astar).
-    result: problems, accuracy, accuracy_interval, format, completion_length, truncated, tokens_per_problem (model
-    tokens); with decode="sample" also majority and pass@1, 2, 4, ... up to n; with "astar" majority, by leaf weight,
-    and found (any leaf right); each also as NAME_by_difficulty; and seconds_per_problem.  All but the last can be
-    recounted from the rows.
-    Each rank decodes its share of the problems on whole weights, which the caller gathers (fsdp.gathered); then every
-    rank has every row, so the figures are the same for any number of them.
+    model: in eval mode. n: completions a problem (sample) or leaves a problem (astar).
+    batch: problems decoded in lock-step.
+
+    result: problems, accuracy, accuracy_interval, format, completion_length, truncated and
+    tokens_per_problem (model tokens). decode="sample" adds majority and pass@1, 2, 4, ... up to n;
+    "astar" adds majority, by leaf weight, and found (any leaf right). Each comes again as
+    NAME_by_difficulty. All these can be recounted from the rows; seconds_per_problem cannot.
+
+    Each rank decodes its share of the problems on full weights, which the caller gathers
+    (fsdp.full_weights). Then every rank receives every row. So the figures are the same for any
+    number of ranks.
     """
-    options = astar_search.Options(policy.stop_tokens(model, tokenizer), n, tau, width, max_new_tokens, max_nodes)
-    start, rows, mine = time.perf_counter(), [], list(fsdp.share(len(problems), ranks))
-    for indices in (mine[i : i + batch] for i in range(0, len(mine), batch)):
-        chosen = [problems[i] for i in indices]
-        expander = astar_search.Expander(model, encode(tokenizer, chosen), max_new_tokens, value)
-        # Iteration -1: evaluation's own noise, by the problem's global index: it depends on neither batch nor rank.
+    start = time.perf_counter()
+    options = astar_search.Options(
+        eos=policy.stop_tokens(model, tokenizer),
+        K=n,
+        tau=tau,
+        width=width,
+        max_new_tokens=max_new_tokens,
+        max_nodes=max_nodes,
+    )
+    rows = []
+    own = list(fsdp.rank_slice(len(problems), ranks))
+    for first in range(0, len(own), batch):
+        indices = own[first : first + batch]
+        chunk = [problems[index] for index in indices]
+        prompts = encode_prompts(tokenizer, chunk)
+        # Iteration -1 keeps the noise apart from that of training. The keys depend on a problem's
+        # global index, so the completions depend neither on the batch nor on the rank.
         keys = astar_search.root_keys(seed, -1, indices)
-        if decode == "astar":  # nothing here knows the answer: h is the head's alone, and no leaf is tested on the way
-            trees = astar_search.search(keys, expander, options)
-        else:
-            trees = astar_search.sample(keys, expander, options, decode == "greedy")
-        for i, p, tree, spent in zip(indices, chosen, trees, expander.spent):
-            completions = []
-            for leaf in tree.leaves:
-                text, verdict = judge_one(p, leaf.path(), leaf.truncated, tokenizer, reward, max_new_tokens)
-                facts = {"text": text, "count": leaf.count, "weight": leaf.weight, "f": leaf.f, "tokens": leaf.depth}
-                completions.append(facts | {"truncated": leaf.truncated} | verdict)
-            row = {"index": i, "prompt": p.prompt, "prefill": p.prefill, "truth": p.answer, "difficulty": p.difficulty}
-            rows.append(row | {"model_tokens": spent, "completions": completions})
-    rows = sorted((row for part in fsdp.everyone(rows, ranks) for row in part), key=lambda row: row["index"])
-    for row in rows:
-        row["scores"] = scores(row, decode)
+        trees, spent = decode_chunk(model, prompts, keys, options, decode, value_function)
+        for index, problem, tree, tokens in zip(indices, chunk, trees, spent):
+            row = problem_row(index, problem, tree, tokens, tokenizer, reward, max_new_tokens)
+            row["scores"] = problem_scores(row, decode)
+            rows.append(row)
+    rows = [row for rows_of_rank in fsdp.all_gather(rows, ranks) for row in rows_of_rank]
+    rows.sort(key=operator.itemgetter("index"))
 
+    # Greedy decoding and the first leaf of a search give one outcome a problem.
     draws = n if decode == "sample" else 1
-    order = {"easy": 0, "medium": 1, "hard": 2}  # then those of a file, by name
-    levels = sorted({row["difficulty"] for row in rows}, key=lambda level: (order.get(level, 3), level))
-    parts = {level: summary([row for row in rows if row["difficulty"] == level], draws) for level in levels}
-    result = summary(rows, draws)
-    result |= {f"{name}_by_difficulty": {level: part[name] for level, part in parts.items()} for name in result}
-    return result | {"seconds_per_problem": (time.perf_counter() - start) / len(rows)}, rows
+    result = summarise_by_difficulty(rows, draws)
+    result["seconds_per_problem"] = (time.perf_counter() - start) / len(rows)
+    return result, rows
 
 
-# ================================================================================================ command line
-class OneSentence(argparse.ArgumentParser):
+# ------------------------------------------------------------------------------------ Result files
+def check_output(path, overwrite):
+    """Raise ValueError unless the files of --json can be written. path: None for no files."""
+    if path is None:
+        return
+    refuse = f"--json {path}:"
+    if not path.endswith(".json"):
+        beside = "the completions go into the .jsonl beside it"
+        raise ValueError(f"{refuse} the name must end in .json; {beside}")
+    for name in (path, path + "l"):
+        if os.path.isdir(name) or (os.path.exists(name) and not overwrite):
+            raise ValueError(f"{refuse} {name} exists; choose another name or add --overwrite")
+    try:
+        tempfile.TemporaryFile(dir=os.path.dirname(path) or ".").close()
+    except OSError as error:
+        reason = error.strerror
+        raise ValueError(f"{refuse} its folder cannot be written to ({reason})") from None
+
+
+def save_results(path, result, rows):
+    """Write the figures to PATH.json and the rows to PATH.jsonl; nothing if path is None.
+
+    Returns the exit status of the command: 0, or 2 if a file could not be written.
+    """
+    if path is None:
+        return 0
+    try:
+        fsdp.write_file(path + "l", "".join(json.dumps(row) + "\n" for row in rows))
+        fsdp.write_file(path, json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        print(f"eval.py: --json {path} cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_rows(path):
+    """The rows of a jsonl file that --json wrote.
+
+    Raises ValueError that names the line, and OSError if the file cannot be read.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                valid = "prompt" in row and "truth" in row and 0 <= row["scores"]["accuracy"] <= 1
+            except (ValueError, TypeError, KeyError):
+                valid = False
+            if not valid:
+                what = "not a problem as eval.py --json writes it to .jsonl"
+                raise ValueError(f"{path}, line {number}: {what}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no problems in it")
+    return rows
+
+
+# -------------------------------------------------------------------------------------- Comparison
+def check_same_problems(rows_A, rows_B):
+    """Raise ValueError unless both lists of rows are about the same problems in the same order."""
+    if len(rows_A) != len(rows_B):
+        sizes = f"A has {len(rows_A)} problems and B {len(rows_B)}"
+        raise ValueError(f"{sizes}: evaluate both with the same --n")
+    for number, (a, b) in enumerate(zip(rows_A, rows_B), start=1):
+        if a["prompt"] != b["prompt"] or a["truth"] != b["truth"]:
+            prompts = f"{a['prompt']!r} in A and {b['prompt']!r} in B"
+            raise ValueError(f"line {number} is about {prompts}: the problems differ")
+
+
+def paired_test(rows_A, rows_B, repeats=10_000):
+    """Paired test of two lists of rows about the same problems.
+
+    Returns a dict with the mean difference B - A in accuracy, its 95 % interval by a bootstrap over
+    problems (`repeats` resamples), and p by the sign test. Raises ValueError if problems differ.
+    """
+    check_same_problems(rows_A, rows_B)
+    accuracy_A = torch.tensor([row["scores"]["accuracy"] for row in rows_A], dtype=torch.float64)
+    accuracy_B = torch.tensor([row["scores"]["accuracy"] for row in rows_B], dtype=torch.float64)
+    gain = accuracy_B - accuracy_A  # (problems,)
+    generator = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(repeats):
+        drawn = torch.randint(len(gain), gain.shape, generator=generator)
+        means.append(gain[drawn].mean())
+    ends = torch.stack(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    B_better = int((gain > 0).sum())
+    A_better = int((gain < 0).sum())
+    return {
+        "problems": len(gain),
+        "accuracy_A": accuracy_A.mean().item(),
+        "accuracy_B": accuracy_B.mean().item(),
+        "difference": gain.mean().item(),
+        "difference_interval": ends.tolist(),
+        "B_better": B_better,
+        "A_better": A_better,
+        "p_value": sign_test(B_better, A_better),
+    }
+
+
+def compare_files(path_A, path_B):
+    """The paired test of two jsonl files, as text."""
+    result = paired_test(read_rows(path_A), read_rows(path_B))
+    result["p_value"] = f"{result['p_value']:.2g}"
+    return format_report(result)
+
+
+# ------------------------------------------------------------------------------- Worst completions
+def worst_completions(rows, decode, each):
+    """{kind of fault: (how many there are, up to `each` of them as (row, completion))}.
+
+    The examples come in the order of the problems, but well-formed wrong numbers by their distance
+    from the truth. A kind that does not occur is left out.
+    """
+    no_leaf = []
+    truncated = []
+    malformed = []
+    wrong = []
+    for row in rows:
+        judged = judged_completions(row, decode)
+        if not judged:
+            no_leaf.append((row, {"text": "", "answer": None}))
+        for completion in judged:
+            if completion["truncated"]:
+                truncated.append((row, completion))
+            elif not completion["formatted"]:
+                malformed.append((row, completion))
+            elif not completion["correct"]:
+                wrong.append((row, completion))
+    # With a reward of the user's own, an answer need not be a number. Then there is no distance.
+    if all(isinstance(c["answer"], int) and isinstance(row["truth"], int) for row, c in wrong):
+        wrong.sort(key=lambda pair: abs(pair[1]["answer"] - pair[0]["truth"]))
+    faults = {
+        "no leaf within the bounds": no_leaf,
+        "truncated": truncated,
+        "malformed": malformed,
+        "wrong, nearest first": wrong,
+    }
+    return {kind: (len(pairs), pairs[:each]) for kind, pairs in faults.items() if pairs}
+
+
+def print_worst(rows, decode, each):
+    """Print up to `each` completions of every kind of fault; nothing if `each` is 0."""
+    if each == 0:
+        return
+    for kind, (count, pairs) in worst_completions(rows, decode, each).items():
+        print(f"\n{kind} ({count})")
+        for row, c in pairs:
+            print(f"  {row['prompt']}{c['text']}   read {c['answer']}, right is {row['truth']}")
+
+
+# ------------------------------------------------------------------------------------ Command line
+class OneLineParser(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
     def error(self, message):
-        """Print the sentence, on one rank, and exit."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts several of us with the same flags
+        """Print the sentence and exit. Of the ranks that torchrun starts only one prints it."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
 
-if __name__ == "__main__":
-    from experiments import eval_files  # the flags, and what is done with completions besides counting them
+def make_parser():
+    """The parser of eval.py."""
+    about = "Accuracy of a model on held-out multiplication problems."
+    parser = OneLineParser(prog="eval.py", description=about, allow_abbrev=False)
+    add = parser.add_argument
+    model = "folder or hub id of a causal language model (default tiny_base beside eval.py)"
+    add("--model", default=TINY_BASE, help=model)
+    decode = "how completions are made (default %(default)s)"
+    add("--decode", choices=("greedy", "sample", "astar"), default="greedy", help=decode)
+    # torchrun takes --n for one of its own flags, such as --nnodes; hence the second name.
+    problems = "number of held-out problems (default 500; with --eval-file all of it)"
+    add("--n", "--problems", type=int, metavar="N", help=problems)
+    completions = "sample: completions a problem; astar: leaves a problem (default %(default)s)"
+    add("--completions", type=int, default=8, help=completions)
+    digits = "digits per operand: 2, 3, 2x3, 2-3, ... (default %(default)s)"
+    add("--digits", default="2", help=digits)
+    prompt = "prompt style (default %(default)s)"
+    add("--prompt", choices=tuple(data.PROMPTS), default="terse", help=prompt)
+    prefill = "text that completions begin with, such as '<think>' (default: the style's own)"
+    add("--prefill", help=prefill)
+    eval_file = "a jsonl file of problems with prompt and answer (default: made problems)"
+    add("--eval-file", help=eval_file)
+    reward = "a reward of your own (default: the built-in one)"
+    add("--reward", default="", metavar="FILE.py:FUNCTION", help=reward)
+    max_new_tokens = "most tokens of a completion (default %(default)s)"
+    add("--max-new-tokens", type=int, default=48, help=max_new_tokens)
+    tau = "astar: temperature of the search's noise (default %(default)s)"
+    add("--tau", type=float, default=0.0, help=tau)
+    width = "astar: nodes of a problem run at once (default %(default)s)"
+    add("--width", type=int, default=2, help=width)
+    max_nodes = "astar: most nodes a problem (default %(default)s)"
+    add("--max-nodes", type=int, default=1024, help=max_nodes)
+    add("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
+    device = "cpu, cuda, ...; auto is a GPU if there is one (default %(default)s)"
+    add("--device", default="auto", help=device)
+    show = "worst completions to print, of each kind (default %(default)s)"
+    add("--show", type=int, default=2, help=show)
+    output = "write the figures there, and every completion to OUT.jsonl (default: no files)"
+    add("--json", metavar="OUT.json", help=output)
+    overwrite = "replace these two files if they exist (default: refuse to)"
+    add("--overwrite", action="store_true", help=overwrite)
+    compare = "only a paired test of B against A, without a model (default: none)"
+    add("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help=compare)
+    return parser
 
+
+def check_arguments(arguments):
+    """Raise ValueError, one sentence, for a flag that cannot be meant."""
+    if arguments.compare and arguments.json:
+        raise ValueError("--compare only prints: leave --json out")
+    for name in ("n", "completions", "max_new_tokens", "width", "max_nodes"):
+        number = getattr(arguments, name)
+        if number is not None and number < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {number}")
+    if not (0 <= arguments.seed <= 2**31 and arguments.show >= 0):
+        raise ValueError("--seed must lie in [0, 2^31], and --show must be 0 or more")
+    if not 0 <= arguments.tau <= 1:
+        raise ValueError(f"--tau must lie in [0, 1], not {arguments.tau}")
+
+
+def load_problems(arguments):
+    """The problems that the flags ask for. Raises ValueError if there are fewer than --n."""
+    n = arguments.n
+    path = arguments.eval_file
+    if not path:
+        return data.eval_problems(n or 500, arguments.digits, arguments.prompt, arguments.prefill)
+    # The built-in reward needs whole numbers; a reward of the user's own may read any answer.
+    problems = data.read_problems(path, arguments.prefill, any_answer=bool(arguments.reward))
+    if n and len(problems) < n:
+        raise ValueError(f"{path} holds only {len(problems)} problems, fewer than --n {n}")
+    return problems[:n]
+
+
+def load_model(arguments, problems, ranks):
+    """(model, tokenizer, value function or None) that the flags ask for.
+
+    Raises ValueError if the model cannot be loaded, if it cannot serve the search, or if a prompt
+    and its completion do not fit into its context.
+    """
+    model, tokenizer = policy.load_policy(arguments.model, device=ranks.device)
+    astar_search.check_model(model)
+    longest_prompt = max(len(ids) for ids in encode_prompts(tokenizer, problems))
+    policy.check_context(model, longest_prompt, arguments.max_new_tokens)
+    guide = load_value_function(arguments.model, model)
+    if arguments.decode == "astar" and guide is None:
+        warning = "no value head beside this model, so the search is guided by log pi alone"
+        print(f"eval.py: {warning}", file=sys.stderr)
+    return model, tokenizer, guide
+
+
+def print_results(result, rows, arguments):
+    """Print the table and the worst completions, and assert that the accuracy is a count."""
+    print(f"{arguments.model}, {arguments.decode}")
+    print(format_report(result))
+    print_worst(rows, arguments.decode, arguments.show)
+    correct = 0
+    drawn = 0
+    for row in rows:
+        judged = judged_completions(row, arguments.decode)
+        correct += sum(c["count"] * c["correct"] for c in judged)
+        drawn += max(1, sum(c["count"] for c in judged))
+    assert abs(result["accuracy"] - correct / drawn) < 1e-9
+
+
+def run(argv):
+    """Read the flags, then evaluate or compare. A bad flag or file: one sentence, status 2."""
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
     try:
-        eval_files.main()
+        check_arguments(arguments)
+        if arguments.compare:
+            print(compare_files(*arguments.compare))
+            return
+        reward = reward_module.load_reward(arguments.reward)
+        problems = load_problems(arguments)
+        ranks = fsdp.init_ranks(distributed="WORLD_SIZE" in os.environ, device=arguments.device)
+        # Before the decoding: hours of it must not end at a file that cannot be written.
+        check_files = functools.partial(check_output, arguments.json, arguments.overwrite)
+        fsdp.on_main(check_files, ranks)
+        model, tokenizer, guide = load_model(arguments, problems, ranks)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename:
+            parser.error(f"{error.filename} cannot be read ({error.strerror})")
+        parser.error(str(error))
+
+    result, rows = evaluate(
+        model,
+        tokenizer,
+        problems,
+        reward,
+        ranks,
+        decode=arguments.decode,
+        n=arguments.completions,
+        max_new_tokens=arguments.max_new_tokens,
+        value_function=guide,
+        tau=arguments.tau,
+        width=arguments.width,
+        max_nodes=arguments.max_nodes,
+        seed=arguments.seed,
+    )
+    status = 0
+    if ranks.is_main:
+        print_results(result, rows, arguments)
+        result["flags"] = vars(arguments)
+        status = save_results(arguments.json, result, rows)
+    fsdp.shutdown(ranks, status)
+
+
+def main(argv=None):
+    """The command. Ctrl-C and a failing reward end it with one sentence and no traceback."""
+    try:
+        run(argv)
     except KeyboardInterrupt:
         print("eval.py: stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except reward_module.RewardError as error:
         sys.exit(f"eval.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

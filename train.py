@@ -1,17 +1,18 @@
-"""train.py -- A*PO, top to bottom: reinforcement learning of a base language model with A* search rollouts.
+"""train.py -- A*PO, top to bottom: reinforcement learning of a base language model by A* search.
 
-    problems -> A* search over KV-cached prefixes -> Rollouts -> reward -> advantages -> PPO-clip and value loss
+    problems -> A* search over KV-cached prefixes -> Rollouts -> rewards -> leaf weights, advantages
+             -> clipped policy loss and value loss -> the next iteration
 
-    python train.py                                   # the tiny base on a CPU (or GPU), no download
+    python train.py                                   # the tiny base on a CPU or GPU, no download
     python train.py --config quick                    # the same base to 80 % in a minute
     python train.py --config ppo                      # Gumbel A* and PPO-clip with GAE
-    python train.py --rollout sample --rollouts-per-problem 4      # i.i.d. sampling: the baseline
-    torchrun --standalone --nproc_per_node=4 train.py --config training --distributed      # Qwen2.5-3B on four GPUs
+    python train.py --rollout sample                  # i.i.d. sampling: the baseline
+    torchrun --standalone --nproc_per_node=4 train.py --config training --distributed  # Qwen2.5-3B
     python train.py --resume auto                     # go on after a stop
     python train.py --eval-only --checkpoint runs/local/checkpoint_iter_360
 
-The loop is `main()`, one phase after the other.  Above it are the flags, checkpoints, and what the phases consist of; the
-folder of a run, with its lock and what is left of a stopped run, is in experiments/run_folder.py.
+The loop is `main()`, at the end of this file, one phase after the other.  Above it, in this order:
+the flags, the folder of a run, the set-up, what the phases consist of, the log, the ways to stop.
 """
 
 import argparse
@@ -20,18 +21,19 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import json
 import math
+import operator
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
 
 import astar_search
 import data
@@ -40,273 +42,762 @@ import fsdp
 import policy
 import reward as reward_module
 import value as value_module
-from experiments import logs, memory, run_folder
 
-# ======================================================================================================== flags
+# -------------------------------------------------------------------------------------------- Flags
+
+TINY_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base")
+
+
 def flag(default, help, choices=None, low=-math.inf, high=math.inf, above=-math.inf):
-    """A Config field: its default, what it means, and what is allowed."""
+    """A field of Config: its default, what it means, and which values are allowed."""
     metadata = {"help": help, "choices": choices, "low": low, "above": above, "high": high}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class Config:
-    """Every field is a flag: --rollouts-per-problem 8.  `low`, `high` are allowed, `above` is not.  Raises ValueError
-    for a number out of bounds, and for flags that contradict each other."""
+    """Every field is a flag: rollouts_per_problem is --rollouts-per-problem.
 
-    # the task
-    model: str = flag(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base"), "folder or hub id of the base model")
+    `low` and `high` are the smallest and largest value that are allowed; `above` is not allowed.
+    Raises ValueError for a number out of bounds, and for flags that contradict each other.
+    """
+
+    # The task
+    model: str = flag(TINY_BASE, "folder or hub id of the base model")
     prompt: str = flag("terse", "prompt style", choices=tuple(data.PROMPTS))
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
-    train_file: str = flag("", "jsonl file of training problems with prompt and answer, instead of made ones")
+    train_file: str = flag("", "jsonl file of training problems (prompt, answer), not made ones")
     eval_file: str = flag("", "jsonl file of evaluation problems")
-    reward: str = flag("", "FILE.py:FUNCTION, a reward of your own; then the two sizes below mean nothing")
+    reward: str = flag("", "FILE.py:FUNCTION, a reward of your own; the next two flags are unused")
     format_bonus: float = flag(0.1, "added to the reward of a well-formed completion", low=0)
-    length_penalty: float = flag(0.0, "taken off the reward of a completion of full length, in proportion", low=0)
-    # rollouts
+    length_penalty: float = flag(0.0, "taken off the reward of a completion of full length", low=0)
+
+    # Rollouts
     rollout: str = flag("astar", "A* search, or i.i.d. sampling", choices=("astar", "sample"))
     problems_per_iteration: int = flag(64, "problems an iteration", low=1)
-    rollouts_per_problem: int = flag(64, "K: leaves a search may accept, or completions sampled", low=1)
-    tau: float = flag(0.0, "0: plain A*;  1: Gumbel search, draws without replacement", low=0, high=1)
+    rollouts_per_problem: int = flag(64, "K: most leaves of a search, or completions drawn", low=1)
+    tau: float = flag(0.0, "0: plain A*; 1: Gumbel search, random draws", low=0, high=1)
     beta: float = flag(0.2, "temperature of the soft value h", above=0)
     guide: str = flag("head", "h of the search: the value head's, or 0", choices=("head", "none"))
-    until_right: str = flag("on", "a search is done with its first right leaf (for --loss em)", choices=("on", "off"))
-    cover: float = flag(1.0, "a problem is done when its leaves hold this much of pi; 1 for never", above=0, high=1)
+    until_right: str = flag("on", "stop a search with its first right leaf", choices=("on", "off"))
+    cover: float = flag(1.0, "stop when the leaves hold this much of pi; 1: never", above=0, high=1)
     leaf_weights: str = flag("on", "weigh leaves by pi/q in all losses", choices=("on", "off"))
     max_new_tokens: int = flag(48, "longest completion in tokens", low=1)
-    max_nodes: int = flag(128, "most nodes a search may expand for one problem", low=1)
-    max_open: int = flag(65536, "longest queue of a search; beyond it the worst entries are dropped (a beam)", low=1)
-    width: int = flag(2, "nodes of one problem that a round may run at once", low=1)
+    max_nodes: int = flag(128, "most nodes that a search may expand for one problem", low=1)
+    max_open: int = flag(65536, "longest queue of a search: the beam width", low=1)
+    width: int = flag(2, "nodes of one problem that a round may evaluate at once", low=1)
     rollout_batch: int = flag(256, "problems searched in lock-step", low=1)
-    # losses
+
+    # Losses
     loss: str = flag("em", "policy loss", choices=("ppo", "grpo", "em", "apo"))
-    gae_lambda: float = flag(0.95, "lambda of GAE", low=0, high=1)
+    gae_lambda: float = flag(0.95, "lambda of GAE (ppo)", low=0, high=1)
     clip: float = flag(0.2, "epsilon of PPO's clip (ppo, grpo, em)", above=0)
     entropy_coef: float = flag(0.0, "weight of the entropy bonus (ppo, grpo, em)", low=0)
     beta1: float = flag(0.5, "apo: temperature of V*, estimated on samples of the base", above=0)
     beta2: float = flag(0.001, "apo: temperature of the regression", above=0)
     apo_samples: int = flag(8, "apo: samples of the base a problem for V*", low=1)
-    # optimisation
+
+    # Optimisation
     iterations: int = flag(360, "iterations in all", low=1)
-    epochs: int = flag(2, "passes over the rollouts an iteration", low=1)
+    epochs: int = flag(2, "passes over the rollouts of an iteration", low=1)
     minibatches: int = flag(2, "optimiser steps a pass", low=1)
-    micro_batch: int = flag(64, "rollouts a forward in training; changes memory, not the result", low=1)
+    micro_batch: int = flag(64, "rollouts a forward of the update; no effect on the result", low=1)
     learning_rate: float = flag(2e-4, "peak learning rate of the policy", above=0)
     value_learning_rate: float = flag(1e-3, "peak learning rate of the value head", above=0)
     warmup: int = flag(1, "iterations of linear warm-up, before the cosine", low=0)
-    final_rate: float = flag(0.02, "learning rate at the end, as a share of the peak", low=0, high=1)
-    weight_decay: float = flag(0.0, "AdamW's", low=0)
+    final_rate: float = flag(0.02, "last learning rate, as a share of the peak", low=0, high=1)
+    weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     freeze_blocks: int = flag(0, "keep the embeddings and the first n blocks as they are", low=0)
-    gradient_checkpointing: str = flag("off", "recompute activations in the backward pass", choices=("on", "off"))
-    mixed_precision: str = flag("off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16"))
-    # the run
-    seed: int = flag(0, "of problems, noise and order; the same seed gives the same run", low=0, high=2**31)
+    gradient_checkpointing: str = flag(
+        "off", "recompute activations in the backward pass", choices=("on", "off")
+    )
+    mixed_precision: str = flag(
+        "off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16")
+    )
+
+    # The run
+    seed: int = flag(0, "of problems, noise and order: same seed, same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
     cpu_offload: bool = flag(False, "keep weights, gradients and moments in the host's memory")
     output_dir: str = flag("runs/local", "where everything is written")
-    eval_every: int = flag(20, "iterations between evaluations; there is one before the first and at the end", low=1)
+    eval_every: int = flag(20, "iterations between evaluations; also before the first", low=1)
     eval_problems: int = flag(500, "held-out problems of an evaluation; of a file the first", low=1)
-    eval_decode: str = flag("greedy", "how; sample, astar: K completions", choices=("greedy", "sample", "astar"))
-    checkpoint_every: int = flag(20, "iterations between checkpoints (there is one at the end)", low=1)
+    eval_decode: str = flag("greedy", "how to decode", choices=("greedy", "sample", "astar"))
+    eval_completions: int = flag(8, "completions or leaves a problem, if not greedy", low=1)
+    checkpoint_every: int = flag(20, "iterations between checkpoints; also at the end", low=1)
     keep_checkpoints: int = flag(2, "older checkpoints than the newest n are removed", low=1)
-    samples: int = flag(4, "rollouts an iteration written to samples.jsonl", low=0)
+    samples: int = flag(4, "rollouts an iteration that are written to samples.jsonl", low=0)
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too, in the output folder")
-    resume: str = flag("", "auto: from the newest checkpoint of the output folder; or a checkpoint folder")
+    resume: str = flag("", "auto: go on from the newest checkpoint; or a checkpoint folder")
     overwrite: bool = flag(False, "remove the run that the output folder holds")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            x, (low, above, high) = getattr(self, f.name), (f.metadata[bound] for bound in ("low", "above", "high"))
-            if not isinstance(x, str) and not (low <= x <= high and above < x < math.inf):  # a NaN fails each of these
-                bounds = {"at least": low, "above": above, "at most": high}
-                words = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
-                raise ValueError(f"--{f.name.replace('_', '-')} must be {words}, not {x}")
+        for field in dataclasses.fields(self):
+            check_flag(field, getattr(self, field.name))
         data.parse_digits(self.digits)
-        if self.minibatches > (N := self.problems_per_iteration):
-            raise ValueError(f"--minibatches {self.minibatches} is more than --problems-per-iteration {N}")
+        if self.minibatches > self.problems_per_iteration:
+            raise ValueError(
+                f"--minibatches {self.minibatches} is more than "
+                f"--problems-per-iteration {self.problems_per_iteration}"
+            )
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other")
         for package in ("wandb", "tensorboard"):
             if getattr(self, package) and not importlib.util.find_spec(package):
-                raise ValueError(f"--{package}: the package is not installed: pip install {package}")
+                raise ValueError(
+                    f"--{package}: the package is not installed: pip install {package}"
+                )
 
 
-# Draws without replacement, weighted pi/q, under PPO-clip with GAE: unbiased but for the head's h and the stop by mass,
-# and for answers so long that plain A* might not finish one; the tiny base needs more tokens (README, "Measured").
-PPO = dict(
-    loss="ppo", tau=1.0, until_right="off", cover=0.8, rollouts_per_problem=8, max_nodes=1024, problems_per_iteration=256,
-    minibatches=4, epochs=1, learning_rate=3e-4, warmup=8, iterations=90, eval_every=10, checkpoint_every=10,
-)  # fmt: skip
+def flag_name(field_name):
+    """The flag of a field: rollouts_per_problem -> --rollouts-per-problem."""
+    return "--" + field_name.replace("_", "-")
+
+
+def check_flag(field, value):
+    """Raise ValueError if the value of a field is not allowed."""
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}")
+    if isinstance(value, str):
+        return
+    low, above, high = (field.metadata[name] for name in ("low", "above", "high"))
+    if low <= value <= high and above < value < math.inf:  # a NaN fails each of these
+        return
+    bounds = []
+    if math.isfinite(low):
+        bounds.append(f"at least {low}")
+    if math.isfinite(above):
+        bounds.append(f"above {above}")
+    if math.isfinite(high):
+        bounds.append(f"at most {high}")
+    raise ValueError(f"{flag_name(field.name)} must be {' and '.join(bounds)}, not {value}")
+
+
+# Draws without replacement from pi, which can be weighted pi/q.
+GUMBEL_LEAVES = {
+    "tau": 1.0,
+    "until_right": "off",
+    "cover": 0.8,
+    "rollouts_per_problem": 8,
+    "max_nodes": 1024,
+}
+# PPO-clip with GAE on such draws.
+PPO = GUMBEL_LEAVES | {
+    "loss": "ppo",
+    "problems_per_iteration": 256,
+    "minibatches": 4,
+    "epochs": 1,
+    "learning_rate": 3e-4,
+    "warmup": 8,
+    "iterations": 90,
+    "eval_every": 10,
+    "checkpoint_every": 10,
+}
 PRESETS = {
-    "local": {},  # plain A*, guided by the head, until a leaf is right; leaves weighted towards pi*
-    "quick": dict(output_dir="runs/quick", iterations=24, eval_every=6),  # 80 % in a minute
-    "ppo": PPO | dict(output_dir="runs/ppo"),
-    "training": PPO | dict(
-        model="Qwen/Qwen2.5-3B", prompt="tinyzero", digits="2-3", output_dir="runs/training", max_new_tokens=1024,
-        max_nodes=16384, iterations=200, learning_rate=1e-6, value_learning_rate=1e-4, warmup=10, micro_batch=4,
-        gradient_checkpointing="on", mixed_precision="bf16", problems_per_iteration=128, rollout_batch=32, cover=0.9,
-    ),
-}  # fmt: skip
+    # The defaults: plain A*, guided by the head, until a leaf is right; leaves weighted towards pi*.
+    "local": {},
+    "quick": {"output_dir": "runs/quick", "iterations": 24, "eval_every": 6},
+    "ppo": PPO | {"output_dir": "runs/ppo"},
+    # Answers of hundreds of tokens: plain A* might not finish one, so Gumbel leaves under PPO.
+    "training": PPO
+    | {
+        "model": "Qwen/Qwen2.5-3B",
+        "prompt": "tinyzero",
+        "digits": "2-3",
+        "output_dir": "runs/training",
+        "max_new_tokens": 1024,
+        "max_nodes": 16384,
+        "iterations": 200,
+        "learning_rate": 1e-6,
+        "value_learning_rate": 1e-4,
+        "warmup": 10,
+        "micro_batch": 4,
+        "gradient_checkpointing": "on",
+        "mixed_precision": "bf16",
+        "problems_per_iteration": 128,
+        "rollout_batch": 32,
+        "cover": 0.9,
+    },
+}
+# The defaults belong together: 64 leaves, plain A* and a stop at the first right one suit em alone.
+# So these flags bring others along, unless the preset or the user sets them.
+COMPANIONS = {
+    ("rollout", "sample"): {"rollouts_per_problem": 4},
+    ("loss", "ppo"): GUMBEL_LEAVES,
+    ("loss", "grpo"): GUMBEL_LEAVES,
+    ("loss", "apo"): GUMBEL_LEAVES,
+}
+GROUPS = {  # the first field of each group of flags -> its title in --help
+    "model": "the task",
+    "rollout": "rollouts",
+    "loss": "losses",
+    "iterations": "optimisation",
+    "seed": "the run",
+}
+# What --eval-only does not take from the checkpoint's configuration: how that process was run.
+OF_ONE_PROCESS = ("distributed", "cpu_offload", "wandb", "tensorboard", "resume", "overwrite")
 
 
-def parse(argv):
-    """argv -> (Config, args, refuse).  Anything wrong is one sentence on stderr and exit status 2."""
-    how = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = evaluation.OneSentence("train.py", description=__doc__, **how)
-    parser.add_argument("--config", choices=tuple(PRESETS), default="local", help="preset; flags change it")
+def help_text(field):
+    """The help of a flag, with its default and the presets that change it."""
+    shown = []
+    if field.default not in ("", False):
+        default = "tiny_base" if field.default == TINY_BASE else field.default
+        shown.append(f"default {default}")
+    for name, preset in PRESETS.items():
+        if field.name in preset:
+            shown.append(f"{name}: {preset[field.name]}")
+    if not shown:
+        return field.metadata["help"]
+    return f"{field.metadata['help']} ({'; '.join(shown)})"
+
+
+def make_parser():
+    """The command line of train.py, its flags in the groups of Config."""
+    parser = evaluation.OneLineParser(
+        "train.py",
+        usage="python train.py [--config NAME] [--FLAG VALUE ...]",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", choices=tuple(PRESETS), default="local", help="preset; flags change it"
+    )
     parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
-    parser.add_argument("--checkpoint", help="checkpoint folder for --eval-only")
-    parser.add_argument("--dry-run", action="store_true", help="print the memory that a rank needs, and exit")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="--dry-run: refuse what does not fit a GPU")
-    fields = dataclasses.fields(Config)
-    for f in fields:
-        default = f" (default {f.default})" if f.default not in ("", False) else ""
-        how = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        how |= {"help": f.metadata["help"] + default, "default": argparse.SUPPRESS}
-        parser.add_argument("--" + f.name.replace("_", "-"), **how)
-    args = parser.parse_args(argv)
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint for --eval-only")
+    group = parser
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        name = flag_name(field.name)
+        # A flag that is not given leaves no attribute, so that it can be told from its default.
+        options = {"help": help_text(field), "default": argparse.SUPPRESS}
+        if field.type is bool:
+            group.add_argument(name, action="store_true", **options)
+        elif field.metadata["choices"]:
+            group.add_argument(name, choices=field.metadata["choices"], **options)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[field.type]
+            group.add_argument(name, type=field.type, metavar=metavar, **options)
+    return parser
+
+
+def companion_flags(given, preset):
+    """The flags that the given ones bring along: {field: value}.
+
+    given: {field: value} of the command line; preset: the same of --config.
+    """
+    companions = {}
+    for (name, value), flags in COMPANIONS.items():
+        if given.get(name) == value and preset.get(name) != value:
+            companions |= flags
+    return {
+        name: value
+        for name, value in companions.items()
+        if name not in given and name not in preset
+    }
+
+
+def parse_arguments(argv=None):
+    """argv -> (Config, arguments, parser).  A mistake is one sentence on stderr, exit status 2.
+
+    arguments.companions: the flags that others brought along.
+    """
+    parser = make_parser()
+    arguments = parser.parse_args(argv)
+    arguments.companions = {}
+    given = {}
+    for field in dataclasses.fields(Config):
+        if hasattr(arguments, field.name):
+            given[field.name] = getattr(arguments, field.name)
     try:
-        if args.eval_only != bool(args.checkpoint):
+        if arguments.eval_only != bool(arguments.checkpoint):
             raise ValueError("--eval-only and --checkpoint FOLDER go together")
-        if args.gpu_memory is not None and not (args.dry_run and 0 < args.gpu_memory < math.inf):
-            raise ValueError("--gpu-memory GIB is for --dry-run, and above 0")
-        # A checkpoint is evaluated as its run was configured, but for what is on or off, such as --distributed.
-        preset = run_folder.read_state(args.checkpoint)["config"] if args.eval_only else PRESETS[args.config]
-        preset = {name: x for name, x in preset.items() if x is not True}
-        config = Config(**(preset | {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}))
+        if arguments.eval_only:
+            preset = fsdp.read_trainer_state(arguments.checkpoint)["config"]
+            for name in OF_ONE_PROCESS:
+                preset.pop(name, None)
+        else:
+            preset = PRESETS[arguments.config]
+            arguments.companions = companion_flags(given, preset)
+        config = Config(**{**preset, **arguments.companions, **given})
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
-    return config, args, parser.error
+    return config, arguments, parser
 
 
-# ================================================================================================== checkpoints
-def named_parameters(model, head):
-    """Every weight by name.  Adam's moments are saved under it, not by number or rank: so they outlive a change in the
-    number of ranks."""
-    both = (("policy", model), ("value", head))
-    return {f"{kind}.{name}": parameter for kind, module in both for name, parameter in module.named_parameters()}
+# --------------------------------------------------------------------------------- A run's folder
+
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
+# May differ between a run and its continuation: where and how fast it runs, and what it writes.  A
+# run with any other flag changed would be a mixture of two, and no seed could give it again.  More
+# iterations stretch the cosine of the learning rate.
+FREE_ON_RESUME = """
+    iterations device distributed cpu_offload output_dir eval_every eval_completions
+    checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
+    wandb tensorboard
+""".split()
 
 
-def save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progress, ranks):
-    """OUTPUT/checkpoint_iter_N: a Hugging Face folder plus value.safetensors, optimizer.safetensors, trainer_state.json.
-    Written aside, synced, renamed: whoever sees the name sees a whole checkpoint.  All ranks help to put the tensors
-    together; the main one writes.  Raises OSError, and leaves nothing behind, if it cannot be written."""
-    final, aside = (os.path.join(config.output_dir, f"{dot}checkpoint_iter_{iteration}") for dot in ("", "."))
-    weights, head_weights = (fsdp.full_state(fsdp.state_of(module), ranks) for module in (model, head))
-    states = {name: optimizer.state.get(parameter, {}) for name, parameter in named_parameters(model, head).items()}
-    moments = fsdp.full_state({f"{name}.{key}": x for name, own in states.items() for key, x in own.items()}, ranks)
-    if not ranks.is_main:
-        return final
-    try:
-        os.makedirs(aside)
-        model.save_pretrained(aside, state_dict=weights)
-        tokenizer.save_pretrained(aside)
-        save_file(head_weights, os.path.join(aside, "value.safetensors"))
-        save_file(moments, os.path.join(aside, "optimizer.safetensors"))
-        run_folder.seal(aside, final, {"iteration": iteration, **progress, "config": dataclasses.asdict(config)})
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{final} cannot be written ({error})") from None
-    run_folder.prune(config, iteration)  # only now may an older one go
-    return final
+def check_output_folder(config, checkpoints):
+    """Raise ValueError unless this run may write into its output folder.  Changes nothing."""
+    folder = os.path.abspath(config.output_dir)
+    if os.path.isfile(folder):
+        raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
+    held = list(checkpoints)
+    for name in RUN_FILES:
+        if os.path.exists(os.path.join(folder, name)):
+            held.append(name)
+    if "config.json" in held:
+        with open(os.path.join(folder, "config.json")) as file:
+            if '"output_dir"' not in file.read():  # it is a model's, not to be cleared for a run
+                raise ValueError(
+                    f"--output-dir {folder}: its config.json is not a run's, "
+                    "so the folder is left alone"
+                )
+    for path in (config.model, config.train_file, config.eval_file):
+        if config.overwrite and path and os.path.abspath(path).startswith(folder + os.sep):
+            raise ValueError(
+                f"--overwrite would remove {path}, which this run needs: give another --output-dir"
+            )
+    resumes_here = config.resume == "auto" or (
+        config.resume and os.path.dirname(os.path.abspath(config.resume)) == folder
+    )
+    if held and not resumes_here and not config.overwrite:
+        raise ValueError(
+            f"--output-dir {folder} holds another run: "
+            "add --resume auto, --overwrite or another --output-dir"
+        )
 
 
-def restore(folder, model, head, optimizer):
-    """The optimiser's state; the model and the head were loaded from the folder before.  Raises ValueError."""
-    parameters = named_parameters(model, head)
-    with safe_open(os.path.join(folder, "optimizer.safetensors"), "pt") as moments:  # one tensor at a time
-        for full_name in moments.keys():
-            name, _, key = full_name.rpartition(".")
-            tensor, parameter = moments.get_tensor(full_name), parameters.get(name)
-            if parameter is None or (key != "step" and tensor.shape != parameter.shape):
-                raise ValueError(f"{folder}: the optimiser state of {name} is of another model size")
-            optimizer.state[parameter][key] = tensor if key == "step" else fsdp.placed(tensor, parameter)
+def check_same_run(config, state, source):
+    """Raise ValueError if a flag differs from the checkpoint's that makes it another run."""
+    for name, given in dataclasses.asdict(config).items():
+        free = name in FREE_ON_RESUME
+        if name == "model" and config.loss == "apo":
+            free = False  # the base is apo's reference policy
+        before = state["config"].get(name)
+        if not free and given != before:
+            raise ValueError(
+                f"{flag_name(name)} {given} differs from the {before} "
+                f"that {source} was trained with"
+            )
 
 
-@contextlib.contextmanager
-def hold(numbers, received):
-    """Inside, these signals wait in `received` until the loop asks: an iteration happens whole or not at all."""
-    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def find_start(config):
+    """Where the run begins: (checkpoint folder or "", its trainer state).  Changes nothing.
 
-
-# ================================================================================================ the phases
-def load_everything(config, source, reward, ranks):
-    """What a run needs besides the optimiser: (model, tokenizer, value head, base model for apo or None, problems of
-    --train-file or None, evaluation problems).  Raises ValueError with the first thing that is wrong."""
-    read = functools.partial(data.read_problems, any_answer=bool(config.reward))
-    train_file = read(config.train_file) if config.train_file else None
-    if config.eval_file:
-        eval_set = read(config.eval_file)[: config.eval_problems]
+    The state also has `found`, the checkpoints of the output folder.  A damaged checkpoint is
+    passed over for the one before it, and that is said.  Raises ValueError if the output folder
+    cannot be used, if no checkpoint is whole, or if its run had other flags.
+    """
+    found = fsdp.list_checkpoints(config.output_dir)
+    check_output_folder(config, found)
+    if config.resume == "auto":
+        candidates = found[::-1]  # the newest first
+    elif config.resume:
+        candidates = [config.resume]
     else:
-        eval_set = data.eval_problems(config.eval_problems, config.digits, config.prompt)
+        candidates = []
+    for i, source in enumerate(candidates):
+        try:
+            state = fsdp.read_trainer_state(source)
+        except ValueError as error:
+            if i + 1 == len(candidates):
+                raise
+            older = candidates[i + 1]
+            print(f"train.py: {error}; going back to {older}", file=sys.stderr)
+            continue
+        check_same_run(config, state, source)
+        return source, {**state, "found": found}
+    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0, "found": found}
+
+
+def open_output(config, source, iteration, found):
+    """Make the output folder ready to go on after `iteration`.  Returns its lock, a file handle.
+
+    A new run starts empty; a resumed one is cut back to its checkpoint.  found: the checkpoints
+    that find_start saw.  Raises ValueError if another run writes there.
+    """
+    folder = config.output_dir
+    lock = fsdp.lock_folder(folder)
+    if fsdp.list_checkpoints(folder) != found:  # asked again, because loading the model took time
+        raise ValueError(f"--output-dir {folder}: another run has just written there: start again")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        fsdp.cut_back(os.path.join(folder, name), iteration if source else None)
+    fsdp.prune_checkpoints(folder, iteration, config.keep_checkpoints)
+    config_text = json.dumps(dataclasses.asdict(config), indent=1)
+    fsdp.write_file(os.path.join(folder, "config.json"), config_text)
+    return lock
+
+
+# ------------------------------------------------------------------------------------------- Set-up
+
+
+class Clock:
+    """Wall seconds by phase: time counts for the phase that was named last."""
+
+    def __init__(self, seconds_before=0.0):
+        self.seconds_before = seconds_before  # of the run, before it was resumed
+        self.started = self.entered = time.perf_counter()
+        self.phase = "other"
+        self.phases = {}
+
+    def enter(self, phase):
+        """From here on, time counts for this phase."""
+        now = time.perf_counter()
+        self.phases[self.phase] = self.phases.get(self.phase, 0.0) + now - self.entered
+        self.phase = phase
+        self.entered = now
+
+    def seconds(self):
+        """Of the run so far, over all its resumes."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+
+@dataclasses.dataclass
+class Run:
+    """What set_up makes ready, and how far the run has come."""
+
+    config: Config
+    ranks: fsdp.Ranks
+    reward: object  # has bounds (r_lo, r_hi) and judge(...)
+    model: torch.nn.Module
+    tokenizer: object
+    head: torch.nn.Module  # the value head
+    reference: torch.nn.Module | None  # apo: the base as it was before any training
+    optimizer: torch.optim.Optimizer  # two groups of parameters: the policy's, the head's
+    score: object  # score(tokens, mask): policy.score of the model, with FSDP's hooks
+    value_function: object  # value_function(hidden) -> V, h: what guides the search
+    file_problems: list | None  # of --train-file
+    eval_problems: list
+    source: str  # the checkpoint that it goes on from, or ""
+    saved: str  # the newest checkpoint, or ""
+    iteration: int = 0  # finished iterations
+    model_tokens: int = 0  # tokens run through the model for rollouts so far
+    clock: Clock | None = None
+    lock: int | None = None  # file handle that keeps other runs out of the output folder
+    loggers: list = dataclasses.field(default_factory=list)
+    evaluated: dict = dataclasses.field(default_factory=dict)  # iteration -> accuracy
+
+    def path(self, name):
+        """Of a file in the output folder."""
+        return os.path.join(self.config.output_dir, name)
+
+    def say(self, text, file=None):
+        """Print on the main rank."""
+        if self.ranks.is_main:
+            print(text, file=file, flush=True)
+
+
+def set_up(config, arguments):
+    """Load, check, shard and open everything that a run needs.  Returns a Run.
+
+    All that can be wrong is found here, before anything is written; the output folder comes last.
+    Raises ValueError or OSError with one sentence.
+    """
+    reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
+    bf16 = config.mixed_precision == "bf16"
+    ranks = fsdp.init_ranks(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
+    if config.cpu_offload and ranks.device.type == "cpu":
+        raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
+
+    def find_source():
+        if arguments.eval_only:
+            return arguments.checkpoint, {}
+        return find_start(config)
+
+    source, state = fsdp.all_gather(fsdp.on_main(find_source, ranks), ranks)[0]
+    bounds = list(reward.bounds)
+    if state.get("reward_bounds", bounds) != bounds:
+        raise ValueError(
+            f"--reward: its bounds are not the {state['reward_bounds']} "
+            f"that {source} was trained with"
+        )
+
+    def load():
+        return load_everything(config, source, reward, ranks)
+
+    loaded = fsdp.raise_everywhere(load, ranks)
+    model, tokenizer, head, reference, file_problems, eval_problems = loaded
+    shard_model = functools.partial(
+        fsdp.shard, ranks=ranks, mixed_precision=bf16, offload=config.cpu_offload
+    )
+    model = shard_model(model, blocks=policy.transformer_blocks(model))
+    head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
+    if reference is not None:
+        reference = shard_model(reference, blocks=policy.transformer_blocks(reference))
+    run = Run(
+        config=config,
+        ranks=ranks,
+        reward=reward,
+        model=model,
+        tokenizer=tokenizer,
+        head=head,
+        reference=reference,
+        optimizer=make_optimizer(model, head, config),
+        score=fsdp.with_fsdp_hooks(model, policy.score),
+        value_function=evaluation.value_function(
+            head, reward.bounds, config.beta, use_head=config.guide == "head"
+        ),
+        file_problems=file_problems,
+        eval_problems=eval_problems,
+        source=source,
+        saved=source,
+    )
+    if not arguments.eval_only:
+        open_run(run, state)
+    return run
+
+
+def open_run(run, state):
+    """Restore the optimiser and the counts of a checkpoint, then take the output folder."""
+    config = run.config
+    run.iteration = state["iteration"]
+    run.model_tokens = state["model_tokens"]
+    if run.source:
+
+        def load_moments():
+            fsdp.load_optimizer(run.source, run.model, run.head, run.optimizer)
+
+        fsdp.raise_everywhere(load_moments, run.ranks)
+
+    def open_loggers_and_folder():
+        # A resumed run writes its logs from the iteration after its checkpoint on.
+        loggers = open_loggers(config, run.iteration + bool(run.source))
+        return loggers, open_output(config, run.source, run.iteration, state["found"])
+
+    opened = fsdp.on_main(open_loggers_and_folder, run.ranks)
+    if run.ranks.is_main:
+        run.loggers, run.lock = opened
+    run.clock = Clock(state["seconds"])
+
+
+def load_everything(config, source, reward, ranks):
+    """Load the problems, the models and the head, and check that they fit together.
+
+    source: the checkpoint folder to go on from, or "".  Returns (model, tokenizer, head, reference
+    model or None, problems of --train-file or None, evaluation problems).  Raises ValueError with
+    the first thing that is wrong.
+    """
+    file_problems, eval_problems = load_problems(config)
     # A model to be sharded is loaded on the CPU; each block moves to the device when it is split.
     device = ranks.device if ranks.mesh is None else "cpu"
-    how = (torch.float32, device, config.gradient_checkpointing == "on", config.freeze_blocks)
-    model, tokenizer = policy.load_policy(source or config.model, *how)
+    model, tokenizer = policy.load_policy(
+        source or config.model,
+        dtype=torch.float32,
+        device=device,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+        freeze_blocks=config.freeze_blocks,
+    )
     astar_search.check_model(model)
-    examples = train_file or [data.train_problem(config.seed, 0, i, config.digits, config.prompt) for i in range(64)]
-    for problem in (examples[0], eval_set[0]):  # a reward of one's own may fail: now, and not after hours
+    if file_problems is None:
+        examples = []
+        for i in range(64):
+            examples.append(data.train_problem(config.seed, 0, i, config.digits, config.prompt))
+    else:
+        examples = file_problems
+    # A reward of one's own may fail: then now, and not after hours.
+    for problem in (examples[0], eval_problems[0]):
         for text in ("", f"<answer>{problem.answer}</answer>"):
             reward.judge(problem, problem.prefill + text)
-    longest = max(map(len, evaluation.encode(tokenizer, examples + eval_set)))
+    prompts = evaluation.encode_prompts(tokenizer, examples + eval_problems)
+    longest = max(len(prompt) for prompt in prompts)
     policy.check_context(model, longest, config.max_new_tokens)
-    # Each node that a search expands adds at most V - 1 leaves to a tree of one; at depth T there are at most V^T.
-    V, T = model.get_output_embeddings().weight.shape[0], config.max_new_tokens
-    most = min(config.max_nodes * (V - 1) + 1, V ** min(T, 64))
+    check_search_size(config, vocabulary=model.get_output_embeddings().weight.shape[0])
+    head = load_head(config, source, model)
+    reference = None
+    if config.loss == "apo":
+        reference, _ = policy.load_policy(config.model, dtype=torch.float32, device=device)
+        reference.requires_grad_(False)
+    return model, tokenizer, head, reference, file_problems, eval_problems
+
+
+def load_problems(config):
+    """(problems of --train-file or None, evaluation problems).  Raises ValueError, OSError."""
+    any_answer = bool(config.reward)
+    file_problems = None
+    if config.train_file:
+        file_problems = data.read_problems(config.train_file, any_answer=any_answer)
+    if config.eval_file:
+        eval_problems = data.read_problems(config.eval_file, any_answer=any_answer)
+        eval_problems = eval_problems[: config.eval_problems]
+    else:
+        eval_problems = data.eval_problems(config.eval_problems, config.digits, config.prompt)
+    return file_problems, eval_problems
+
+
+def check_search_size(config, vocabulary):
+    """Raise ValueError if a search is asked for more leaves than can exist within its bounds."""
+    # Each node that a search expands adds at most V - 1 leaves to a tree of one.  At depth T there
+    # are at most V^T.
+    T = config.max_new_tokens
+    most = min(config.max_nodes * (vocabulary - 1) + 1, vocabulary ** min(T, 64))
     if config.rollout == "astar" and config.rollouts_per_problem > most:
-        bounds = f"--max-nodes {config.max_nodes} and --max-new-tokens {T}"
-        raise ValueError(f"--rollouts-per-problem: within {bounds} only {most} different completions can exist")
-    torch.manual_seed(config.seed)  # the first layer of the value head; nothing else is drawn from torch
+        raise ValueError(
+            f"--rollouts-per-problem: within --max-nodes {config.max_nodes} and "
+            f"--max-new-tokens {T} only {most} different completions can exist"
+        )
+
+
+def load_head(config, source, model):
+    """The value head of a checkpoint, or a new one.  Raises ValueError if it does not fit."""
+    torch.manual_seed(config.seed)  # for the head's first layer; nothing else is drawn from torch
     head = value_module.ValueHead(model.config.get_text_config().hidden_size)
     if source:
         try:
             head.load_state_dict(load_file(os.path.join(source, "value.safetensors")))
         except RuntimeError:
             raise ValueError(f"{source}: its value head is of another model size") from None
-    apo = config.loss == "apo"  # pi_ref: the base as it was before any training
-    base = policy.load_policy(config.model, torch.float32, device)[0].requires_grad_(False) if apo else None
-    return model, tokenizer, head, base, train_file, eval_set
+    return head
 
 
-def draw_problems(config, iteration, ranks, from_file):
+def make_optimizer(model, head, config):
+    """AdamW with two groups of parameters, whose learning rates `set_learning_rates` sets.
+
+    Adam's usual beta2 of 0.999, which the head keeps, averages over a thousand steps.  A run may
+    have no more than that in all: too long for a policy that changes.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained, "betas": (0.9, 0.95)}, {"params": list(head.parameters())}]
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+
+
+# --------------------------------------------------------------------------------------- The phases
+
+
+def draw_problems(config, iteration, ranks, file_problems):
     """This rank's share of the iteration's problems, and their global numbers."""
     N = config.problems_per_iteration
-    made = lambda i: data.train_problem(config.seed, iteration, i, config.digits, config.prompt)
-    read = lambda i: data.pick_problem(from_file, config.seed, iteration - 1, i, N)  # the epochs of a file count from 0
-    return [(read if from_file else made)(i) for i in fsdp.share(N, ranks)], list(fsdp.share(N, ranks))
+    indices = list(fsdp.rank_slice(N, ranks))
+    problems = []
+    for i in indices:
+        if file_problems:  # the epochs of a file count from 0
+            problem = data.pick_problem(file_problems, config.seed, iteration - 1, i, N)
+        else:
+            problem = data.train_problem(
+                config.seed, iteration, i, digits=config.digits, style=config.prompt
+            )
+        problems.append(problem)
+    return problems, indices
 
 
-def make_rollouts(model, tokenizer, problems, keys, config, reward, value, kind, K):
-    """Search or sample completions for problems, `rollout_batch` of them in lock-step: a round of all their searches is
-    one forward.  kind: "astar" or "sample"; value: guide of the search, or None for h = 0.  Returns one Rollouts."""
+def generate_rollouts(
+    model, tokenizer, problems, indices, config, reward, *, iteration, value_function, kind, K
+):
+    """Search or sample completions for problems, `rollout_batch` of them in lock-step.
+
+    indices: the problems' global numbers, by which the noise is keyed.  kind: "astar" or "sample".
+    value_function: guide of the search, or None for h = 0.  K: leaves or samples a problem.
+    Returns one Rollouts on the CPU.
+    """
+    keys = astar_search.root_keys(config.seed, iteration, indices)
     parts = []
-    for start in range(0, max(1, len(problems)), config.rollout_batch):  # a rank may have no problems: no rollouts then
+    # A rank may have no problems.  It gets an empty Rollouts, from one empty chunk.
+    for start in range(0, max(1, len(problems)), config.rollout_batch):
         chunk = slice(start, start + config.rollout_batch)
-        done = evaluation.is_right(tokenizer, problems[chunk], reward, config.max_new_tokens)
+        until = None
+        if config.until_right == "on":
+            until = evaluation.right_leaf_test(
+                tokenizer, problems[chunk], reward, config.max_new_tokens
+            )
         options = astar_search.Options(
-            policy.stop_tokens(model, tokenizer), K=K, tau=config.tau, width=config.width, max_nodes=config.max_nodes,
-            max_new_tokens=config.max_new_tokens, max_open=config.max_open, done=done if config.until_right == "on" else None,
+            eos=policy.stop_tokens(model, tokenizer),
+            K=K,
+            tau=config.tau,
+            width=config.width,
+            max_new_tokens=config.max_new_tokens,
+            max_nodes=config.max_nodes,
+            max_open=config.max_open,
             cover=config.cover if config.cover < 1 else math.inf,
-        )  # fmt: skip
-        prompts = evaluation.encode(tokenizer, problems[chunk])
-        expander = astar_search.Expander(model, prompts, config.max_new_tokens, value)
-        trees = (astar_search.search if kind == "astar" else astar_search.sample)(keys[chunk], expander, options)
-        parts.append(astar_search.collect(trees, expander))
-        parts[-1].problem += start
-    return astar_search.join(parts)
+            until=until,
+        )
+        prompts = evaluation.encode_prompts(tokenizer, problems[chunk])
+        expander = astar_search.Expander(model, prompts, config.max_new_tokens, value_function)
+        if kind == "astar":
+            trees = astar_search.search(keys[chunk], expander, options)
+        else:
+            trees = astar_search.sample(keys[chunk], expander, options)
+        rollouts = astar_search.collect(trees, expander)
+        rollouts.problem += start
+        parts.append(rollouts)
+    return astar_search.concatenate(parts)
+
+
+def leaf_weights(rollouts, config):
+    """(B,) weights of the leaves that sum to one within each problem.
+
+    Leaves of a search are no samples of pi.  Weighted pi/q (at tau = 0: pi) they stand for all
+    completions.  With --leaf-weights off, each counts alike.
+    """
+    if config.leaf_weights == "on":
+        weight = rollouts.weight
+    else:
+        weight = rollouts.count.float()
+    return policy.normalise_weights(weight, rollouts.problem)
+
+
+@torch.no_grad()
+def score_rollouts(model, rollouts, indices, config, iteration, device):
+    """log pi (B, T-1) of rollouts under a model, by the forward that the update uses.
+
+    It runs the micro-batches of the first epoch, so that the update's first forward computes the
+    same numbers again.
+    """
+    log_probs = torch.zeros_like(rollouts.log_probs)
+    for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch=0):
+        for rows in minibatch:
+            part = rollouts.select(rows, device)
+            log_prob, _, _ = policy.score(model, part.tokens, part.mask)
+            log_probs[rows, : log_prob.shape[1]] = log_prob.cpu()
+    return log_probs
+
+
+def add_apo_columns(run, rollouts, problems, indices, iteration):
+    """What the apo loss needs: `ref_log_probs` (B, T-1), and `optimal_value` V*(x) (B,).
+
+    V* is estimated on samples of the base.  Returns the model tokens of these samples, over all
+    ranks; they count as a cost of the rollouts.
+    """
+    config = run.config
+    with fsdp.full_weights(run.reference):
+        samples = generate_rollouts(
+            run.reference,
+            run.tokenizer,
+            problems,
+            indices,
+            config,
+            run.reward,
+            iteration=iteration,
+            value_function=None,
+            kind="sample",
+            K=config.apo_samples,
+        )
+        rollouts.extra["ref_log_probs"] = score_rollouts(
+            run.reference, rollouts, indices, config, iteration, run.ranks.device
+        )
+    _, verdicts = evaluation.judge_rollouts(
+        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
+    )
+    rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
+    rewards = rewards.repeat_interleave(samples.count).view(len(problems), config.apo_samples)
+    # V*(x) = beta1 log mean exp(r/beta1)
+    optimal_values = policy.optimal_value(rewards, config.beta1)  # (N,)
+    rollouts.extra["optimal_value"] = optimal_values[rollouts.problem]
+    tokens = {"tokens": samples.stats["model_tokens"]}
+    return fsdp.all_reduce_sum(tokens, run.ranks)["tokens"]
 
 
 def learning_rate_scale(config, iteration):
-    """Linear warm-up, while the head's first advantages are noise, then a cosine down to final_rate; iteration counts
-    from 1."""
+    """Share of the peak learning rate: linear warm-up, then a cosine down to final_rate.
+
+    iteration counts from 1.  In the warm-up the head's first advantages are noise.
+    """
     if iteration <= config.warmup:
         return iteration / config.warmup
     progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
@@ -314,363 +805,661 @@ def learning_rate_scale(config, iteration):
     return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def minibatches_of(rollouts, indices, config, iteration, epoch):
-    """This rank's micro-batches of each minibatch: [[rows, ...], ...].
+def set_learning_rates(optimizer, config, iteration):
+    """Of the policy and of the value head, for this iteration."""
+    scale = learning_rate_scale(config, iteration)
+    policy_group, head_group = optimizer.param_groups
+    policy_group["lr"] = config.learning_rate * scale
+    head_group["lr"] = config.value_learning_rate * scale
 
-    Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration, epoch): a minibatch is
-    the same on any number of ranks, and a rank's part of it may be empty.  Micro-batches go by length, the longest at
-    most a quarter longer than the shortest, so that little is padding; their number and order change nothing.
+
+def deal_minibatches(rollouts, indices, config, iteration, epoch):
+    """This rank's part of each minibatch, as micro-batches of rows: [[rows, ...], ...].
+
+    Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration,
+    epoch).  So a minibatch is the same on any number of ranks, and a rank's part may be empty.  The
+    leaves of a problem are weighted against each other, so they stay together.
     """
     N = config.problems_per_iteration
     order = list(range(N))
     random.Random(f"order {config.seed} {iteration} {epoch}").shuffle(order)
-    # By problem, not by leaf: the leaves of a problem are weighted against each other, and stay together.
-    part_of = {p: i * config.minibatches // N for i, p in enumerate(order)}
-    parts = torch.tensor([part_of[indices[row]] for row in rollouts.problem.tolist()], dtype=torch.int64)
-    dealt, length = [], rollouts.length.tolist()
-    for minibatch in range(config.minibatches):
-        rows = torch.nonzero(parts == minibatch).squeeze(1)
-        micro_batches = []
-        for row in rows[rollouts.length[rows].argsort(stable=True)].tolist():
-            last = micro_batches[-1] if micro_batches else []
-            if not last or len(last) == config.micro_batch or length[row] > 1.25 * length[last[0]]:
-                micro_batches.append(last := [])
-            last.append(row)
-        dealt.append(list(map(torch.tensor, micro_batches)))
-    return dealt
+    minibatch_of = {}  # global number of a problem -> number of its minibatch
+    for place, index in enumerate(order):
+        minibatch_of[index] = place * config.minibatches // N
+    numbers = [minibatch_of[indices[p]] for p in rollouts.problem.tolist()]
+    numbers = torch.tensor(numbers, dtype=torch.int64)
+    minibatches = []
+    for number in range(config.minibatches):
+        rows = torch.nonzero(numbers == number).squeeze(1)
+        minibatches.append(split_by_length(rows, rollouts.length, config.micro_batch))
+    return minibatches
 
 
-@torch.no_grad()
-def score_all(model, rollouts, indices, config, iteration, device):
-    """log pi (B, T-1) of rollouts under a model by the forward that training uses, in the micro-batches of the first
-    epoch: then it is exactly what the first update computes again."""
-    logprobs = torch.zeros_like(rollouts.logprobs)
-    for rows in sum(minibatches_of(rollouts, indices, config, iteration, epoch=0), []):
-        part = rollouts.select(rows, device)
-        logp, _, _ = policy.score(model, part.tokens, part.mask)
-        logprobs[rows, : logp.shape[1]] = logp.cpu()
-    return logprobs
+def split_by_length(rows, length, most):
+    """Rows -> micro-batches of at most `most` rows, in order of length, to save padding.
 
-
-def credit(rollouts, verdicts, reward, config):
-    """What the losses need of each leaf: {rewards, soft_targets, leaf_weight (B,), advantages (B, T-1)}."""
-    rewards, mask = torch.tensor([verdict["reward"] for verdict in verdicts]), rollouts.mask
-    soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)
-    # Leaves of a search are no samples of pi.  pi/q (at tau = 0: pi) makes them stand for all; without it each counts alike.
-    counted = rollouts.weight if config.leaf_weights == "on" else rollouts.count.float()
-    leaf_weight = policy.normalise_weights(counted, rollouts.problem)
-    if config.loss == "grpo":
-        advantages = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)[:, None] * mask
-    elif config.loss == "em":
-        advantages = policy.em_advantages(soft_targets, leaf_weight, rollouts.problem)[:, None] * mask
-    else:
-        advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
-    return {"rewards": rewards, "soft_targets": soft_targets, "leaf_weight": leaf_weight, "advantages": advantages}
-
-
-def losses(score, head, part, config, token_total, leaf_total):
-    """Policy and value loss of one micro-batch of rollouts, on its device: (loss, metrics), both sums over the
-    micro-batch divided by totals of the whole minibatch, so that micro-batches and ranks add up."""
-    mask, old, extra, rewards = part.mask, part.logprobs, part.extra, part.extra["rewards"]
-    weights = extra["leaf_weight"][:, None] * mask / token_total  # (B, T-1): a leaf counts by its weight and its tokens
-    logp, entropy, hidden = score(part.tokens, mask)
-    if config.loss == "apo":
-        known = extra["ref_logprobs"], mask, rewards, extra["optimal_value"]
-        policy_loss, metrics = policy.apo_loss(logp, *known, config.beta2, extra["leaf_weight"] / leaf_total)
-    else:  # grpo and em differ from ppo in their advantages alone
-        known = old, extra["advantages"], entropy, weights
-        policy_loss, metrics = policy.ppo_loss(logp, *known, config.clip, config.entropy_coef)
-    metrics |= policy.ratio_metrics(logp, old, entropy, weights, config.clip)
-    V, u_logit = head(hidden)
-    returns, targets = (value_module.monte_carlo_returns(x, mask) for x in (rewards, extra["soft_targets"]))
-    value_loss, value_metrics = value_module.value_loss(V, u_logit, returns, targets, weights)
-    return policy_loss + value_loss, metrics | value_metrics
-
-
-def idle_loss(score, head, device):
-    """Zero, by way of every weight: a rank with fewer micro-batches than another still joins the gathering of weights
-    and the adding up of gradients, which wait for all ranks."""
-    tokens, mask = torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
-    logp, _, hidden = score(tokens.to(device), mask.to(device))
-    return 0.0 * (logp.sum() + sum(out.sum() for out in head(hidden)))
-
-
-def update(model, score, head, optimizer, rollouts, indices, config, iteration, ranks):
-    """Passes of the loss over one batch of rollouts, an optimiser step a minibatch.
-
-    score(tokens, mask): policy.score of the model, through FSDP's hooks.  indices: global numbers of this rank's
-    problems.  rollouts.extra holds `rewards`, `soft_targets`, `leaf_weight` (B,), `advantages` (B, T-1), and for apo
-    `optimal_value` (B,), `ref_logprobs` (B, T-1).  optimizer: two groups of parameters, the model's and the head's.
-    Returns metrics, averaged over the steps, the same on all ranks.  Raises FloatingPointError at a NaN, before the
-    step that would spread it.
+    The longest of a micro-batch is at most a quarter longer than the shortest.  The number and
+    order of micro-batches change nothing but rounding.
     """
-    for group, peak in zip(optimizer.param_groups, (config.learning_rate, config.value_learning_rate)):
-        group["lr"] = peak * learning_rate_scale(config, iteration)
-    steps, weight = [], rollouts.extra["leaf_weight"]  # metrics of each optimiser step
-    model.train()
-    for epoch in range(config.epochs):
-        for micro_batches in minibatches_of(rollouts, indices, config, iteration, epoch):
-            # What the weights are divided by, counted once, over all ranks, before the first backward.
-            rows = torch.cat([torch.zeros(0, dtype=torch.int64), *micro_batches])
-            tokens = weight[rows, None] * rollouts.mask[rows]
-            counts = fsdp.total({"tokens": tokens.sum().item(), "leaves": weight[rows].sum().item()}, ranks)
-            if counts["tokens"] == 0:
-                continue  # no search of this minibatch found a leaf, on any rank
-            sums = {}
-            for i in range(max(fsdp.everyone(len(micro_batches), ranks))):
-                if i < len(micro_batches):
-                    part = rollouts.select(micro_batches[i], ranks.device)
-                    loss, metrics = losses(score, head, part, config, counts["tokens"], counts["leaves"])
-                else:
-                    loss, metrics = idle_loss(score, head, ranks.device), {}
-                # FSDP averages gradients over ranks; these losses are parts of a sum.
-                (loss * ranks.world_size).backward()
-                for name, x in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + x
-            values = torch.stack(list(sums.values())).tolist() if sums else []  # one copy from the device
-            measured = fsdp.total(dict(zip(sums, values)), ranks)
-            # Each group is clipped by its own norm: neither shrinks the step of the other.
-            clip = lambda group: torch.nn.utils.clip_grad_norm_(group["params"], config.grad_clip)
-            norm_of_policy, _ = map(clip, optimizer.param_groups)
-            measured["grad_norm"] = fsdp.whole(norm_of_policy).item()
-            for name, x in measured.items():
-                if not math.isfinite(x):
-                    raise FloatingPointError(f"iteration {iteration}: {name} is {x}")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            steps.append(measured)
-    model.eval()
+    micro_batches = []
+    current = []
+    shortest = None
+    for row in rows[length[rows].argsort(stable=True)].tolist():
+        full = len(current) == most
+        if not current or full or length[row] > 1.25 * shortest:
+            current = []
+            micro_batches.append(current)
+            shortest = length[row]
+        current.append(row)
+    return [torch.tensor(micro_batch) for micro_batch in micro_batches]
+
+
+def minibatch_totals(rollouts, minibatch, ranks):
+    """Weighted tokens and leaves of a minibatch over all ranks: {"tokens": x, "leaves": y}."""
+    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *minibatch])
+    weight = rollouts.extra["leaf_weight"][rows]
+    tokens = weight[:, None] * rollouts.mask[rows]
+    sums = {"tokens": tokens.sum().item(), "leaves": weight.sum().item()}
+    return fsdp.all_reduce_sum(sums, ranks)
+
+
+def parts_of(minibatch, rollouts, ranks):
+    """Yield the micro-batches of a minibatch as Rollouts on the device, as many on every rank.
+
+    Each backward pass gathers weights from all ranks and adds up their gradients.  So a rank that
+    has fewer micro-batches than another goes on with idle ones: one token, whose weight is 0.
+    """
+    for turn in range(max(fsdp.all_gather(len(minibatch), ranks))):
+        if turn < len(minibatch):
+            yield rollouts.select(minibatch[turn], ranks.device)
+        else:
+            yield idle_part(rollouts).select(torch.tensor([0]), ranks.device)
+
+
+def idle_part(rollouts):
+    """One completion of one token, with weight 0, and the columns of these rollouts."""
+    columns = {}
+    for name, column in rollouts.columns().items():
+        shape = (1, 2) if name == "tokens" else (1,) * column.ndim
+        columns[name] = column.new_zeros(shape)
+    columns["prompt_length"] += 1
+    columns["length"] += 2
+    extra = {}
+    for name, column in rollouts.extra.items():
+        extra[name] = column.new_zeros((1,) * column.ndim)
+    return astar_search.Rollouts(**columns, extra=extra)
+
+
+def add_to(sums, metrics):
+    """Add the metrics of a micro-batch, tensors on the device, to the sums of its minibatch."""
+    for name, number in metrics.items():
+        sums[name] = sums.get(name, 0.0) + number
+
+
+def reduce_metrics(sums, ranks):
+    """Sums of a minibatch, tensors on the device -> numbers, over all ranks."""
+    numbers = torch.stack(list(sums.values())).tolist()  # one copy from the device
+    return fsdp.all_reduce_sum(dict(zip(sums, numbers)), ranks)
+
+
+def check_finite(metrics, iteration):
+    """Raise FloatingPointError at a NaN or an infinity, before the step that would spread it."""
+    for name, number in metrics.items():
+        if not math.isfinite(number):
+            raise FloatingPointError(f"iteration {iteration}: {name} is {number}")
+
+
+def mean_metrics(steps):
+    """Metrics of an iteration: means over its optimiser steps, and the KL before the first."""
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    return means | {"first_kl": steps[0]["approx_kl"]}  # before any step: pi_theta is still pi_old
+    means["first_kl"] = steps[0]["approx_kl"]  # no step was made: pi_theta is still pi_old
+    return means
+
+
+# ------------------------------------------------------------------------------------------ The log
 
 
 def summarise(rollouts, texts, verdicts, problems, ranks):
-    """What a batch says, over all ranks.  Means weighted by leaf: at tau = 1 estimates under pi, at tau = 0 of what is found."""
-    weight, mask, stats = rollouts.extra["leaf_weight"], rollouts.mask, rollouts.stats
-    add = lambda x: (weight * torch.as_tensor(x, dtype=torch.float32)).sum().item()
+    """What the rollouts of an iteration say, over all ranks: a dict for metrics.jsonl.
+
+    Means are weighted by leaf.  At tau = 1 they estimate expectations under pi; at tau = 0 they
+    describe what the search found.
+    """
+    weight = rollouts.extra["leaf_weight"]
+    rewards = rollouts.extra["rewards"]
     correct = [verdict["correct"] for verdict in verdicts]
-    different = {(p, text) for p, text, right in zip(rollouts.problem.tolist(), texts, correct) if right}
-    means = {"reward_mean": add(rollouts.extra["rewards"]), "rollout_accuracy": add(correct), "unique_correct": len(different)}
-    means |= {"leaves": len(rollouts), "mass": stats["mass"], "truncated": add(rollouts.truncated)}
-    means |= {"completion_length": add(rollouts.length - rollouts.prompt_length)}
-    returns = value_module.monte_carlo_returns(rollouts.extra["rewards"], mask)
-    moments = policy.variance_sums(rollouts.values, returns, weight[:, None] * mask)
-    counts = {name: stats[name] for name in ("model_tokens", "forwards", "pruned")}
-    # Sums are told to the other ranks, never means: a rank with two problems would weigh like one with a hundred.
-    told = fsdp.total(means | moments | counts | {"problems": len(problems)}, ranks)
-    row = {name: told[name] / told["problems"] for name in means}
-    row["explained_variance"] = policy.explained_variance(told)
-    return row | {name: told[name] for name in counts} | {"stopped": fsdp.total(stats["stopped"], ranks)}
+    distinct = set()  # right completions
+    for problem, text, is_correct in zip(rollouts.problem.tolist(), texts, correct):
+        if is_correct:
+            distinct.add((problem, text))
+    lengths = (rollouts.length - rollouts.prompt_length).float()
+    per_problem = {
+        "reward_mean": (weight * rewards).sum().item(),
+        "rollout_accuracy": (weight * torch.tensor(correct, dtype=torch.float32)).sum().item(),
+        "unique_correct": len(distinct),
+        "leaves": len(rollouts),
+        "mass": rollouts.stats["mass"],
+        "truncated": (weight * rollouts.truncated.float()).sum().item(),
+        "completion_length": (weight * lengths).sum().item(),
+    }
+    counts = {name: rollouts.stats[name] for name in ("model_tokens", "forwards", "pruned")}
+    returns = value_module.monte_carlo_returns(rewards, rollouts.mask)
+    moments = policy.variance_sums(rollouts.values, returns, weight[:, None] * rollouts.mask)
+    # The ranks exchange sums, never means: a rank with two problems would weigh like one with many.
+    sums = {**per_problem, **counts, **moments, "problems": len(problems)}
+    total = fsdp.all_reduce_sum(sums, ranks)
+    row = {name: total[name] / total["problems"] for name in per_problem}
+    row["explained_variance"] = policy.explained_variance(total)
+    for name in counts:
+        row[name] = total[name]
+    row["stopped"] = fsdp.all_reduce_sum(rollouts.stats["stopped"], ranks)
+    return row
 
 
-def some_samples(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
-    """Rows for samples.jsonl: one leaf of each of a few problems, chosen by (seed, iteration), wherever they are."""
-    N, rows = config.problems_per_iteration, []
-    chosen = random.Random(f"samples {config.seed} {iteration}").sample(range(N), min(config.samples, N))
+def sample_rows(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
+    """Rows for samples.jsonl: one leaf of each of a few problems, wherever their ranks are.
+
+    Problems and leaves are chosen by (seed, iteration).
+    """
+    N = config.problems_per_iteration
+    rng = random.Random(f"samples {config.seed} {iteration}")
+    chosen = rng.sample(range(N), min(config.samples, N))
+    rows = []
     for p, index in enumerate(indices):
-        own = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
-        if index in chosen and own:
-            i = random.Random(f"leaf {config.seed} {iteration} {index}").choice(own)
-            row = {"iteration": iteration, "prompt": problems[p].prompt, "completion": texts[i], "truth": problems[p].answer}
-            numbers = {"weight": rollouts.extra["leaf_weight"][i], "log_pi": rollouts.log_pi[i], "f": rollouts.f[i]}
-            rows.append((index, row | verdicts[i] | {name: x.item() for name, x in numbers.items()}))
-    return [row for _, row in sorted(sum(fsdp.everyone(rows, ranks), []))]
+        leaves = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
+        if index not in chosen or not leaves:
+            continue
+        leaf = random.Random(f"leaf {config.seed} {iteration} {index}").choice(leaves)
+        row = {
+            "iteration": iteration,
+            "prompt": problems[p].prompt,
+            "completion": texts[leaf],
+            "truth": problems[p].answer,
+            **verdicts[leaf],
+            "weight": rollouts.extra["leaf_weight"][leaf].item(),
+            "log_pi": rollouts.log_pi[leaf].item(),
+            "f": rollouts.f[leaf].item(),
+        }
+        rows.append((index, row))
+    gathered = []
+    for rank_rows in fsdp.all_gather(rows, ranks):
+        gathered.extend(rank_rows)
+    gathered.sort(key=operator.itemgetter(0))  # by the problem's number
+    return [row for _, row in gathered]
 
 
-def what_failed(error, ranks):
-    """One sentence for an exception that is not a mistake in the code; one that is goes on: its traceback is wanted."""
+def evaluate(run):
+    """Accuracy and other figures on the held-out problems: the result of evaluation.evaluate."""
+    config = run.config
+    with fsdp.full_weights(run.model, run.head):
+        result, _ = evaluation.evaluate(
+            run.model,
+            run.tokenizer,
+            run.eval_problems,
+            run.reward,
+            run.ranks,
+            decode=config.eval_decode,
+            n=config.eval_completions,
+            max_new_tokens=config.max_new_tokens,
+            value_function=run.value_function,
+            width=config.width,
+            max_nodes=config.max_nodes,
+            batch=config.rollout_batch,
+        )
+    return result
+
+
+def log_row(run, row):
+    """Complete the row of an iteration, in place, and write it to metrics.jsonl and the loggers.
+
+    What is added: an evaluation if it is time for one, and the seconds.
+    """
+    config = run.config
+    iteration = row["iteration"]
+    if iteration % config.eval_every == 0 or iteration == config.iterations:
+        run.clock.enter("evaluation")
+        result = evaluate(run)
+        run.clock.enter("other")
+        run.evaluated[iteration] = result["accuracy"]
+        row["eval_accuracy"] = result["accuracy"]
+        row["eval_format"] = result["format"]
+        row["eval_accuracy_by_difficulty"] = result["accuracy_by_difficulty"]
+        row["eval_length"] = result["completion_length"]
+    row["seconds"] = run.clock.seconds()
+    if run.ranks.is_main:
+        fsdp.append_rows(run.path("metrics.jsonl"), [row])
+        for logger in run.loggers:
+            logger.log(flat_numbers(row), iteration)
+
+
+def flat_numbers(row):
+    """The numbers of a row by name; those of a nested dict as group/name."""
+    numbers = {}
+    for name, entry in row.items():
+        if isinstance(entry, (int, float)):
+            numbers[name] = entry
+        elif isinstance(entry, dict):
+            for key, number in entry.items():
+                if isinstance(number, (int, float)):
+                    numbers[f"{name}/{key}"] = number
+    return numbers
+
+
+class WandbLogger:
+    """--wandb: Weights & Biases.  Raises ValueError where it refuses."""
+
+    def __init__(self, config):
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project="apo", name=config.output_dir, config=dataclasses.asdict(config)
+            )
+        except Exception as error:  # nobody is logged in, there is no network, ...
+            raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
+
+    def log(self, numbers, iteration):
+        """The numbers of an iteration, by name."""
+        self.run.log(numbers, iteration)
+
+
+class TensorBoardLogger:
+    """--tensorboard: TensorBoard's files, in the output folder."""
+
+    def __init__(self, config, first_iteration):
+        self.folder = config.output_dir
+        self.first_iteration = first_iteration  # a resumed run takes back what lies after it
+        self.writer = None  # opened by the first row, when the folder is this run's
+
+    def log(self, numbers, iteration):
+        """The numbers of an iteration, by name."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.folder, purge_step=self.first_iteration)
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, iteration)
+        self.writer.flush()
+
+
+def open_loggers(config, first_iteration):
+    """The loggers that the flags ask for.  Raises ValueError."""
+    loggers = []
+    if config.wandb:
+        loggers.append(WandbLogger(config))
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(config, first_iteration))
+    return loggers
+
+
+def count_parameters(parameters):
+    """Numbers in all of these tensors, with commas."""
+    return f"{sum(parameter.numel() for parameter in parameters):,}"
+
+
+def print_start(run, companions):
+    """What runs where, and from where."""
+    config = run.config
+    trained = run.optimizer.param_groups[0]["params"]
+    run.say(
+        f"{config.model}: {count_parameters(run.model.parameters())} parameters, "
+        f"{count_parameters(trained)} trained; "
+        f"value head {count_parameters(run.head.parameters())}"
+    )
+    run.say(
+        f"{config.rollout}, {config.loss}, on {run.ranks.device}, ranks: {run.ranks.world_size}, "
+        f"of {torch.get_num_threads()} threads"
+    )
+    if companions:
+        flags = " ".join(f"{flag_name(name)} {value}" for name, value in companions.items())
+        run.say(f"with --rollout {config.rollout} --loss {config.loss} come {flags}")
+    if config.resume:
+        source = run.source or "the beginning: there is no checkpoint yet"
+        run.say(f"resumed from {source}, after iteration {run.iteration}")
+
+
+def print_iteration(run, row):
+    """One line for the terminal."""
+    n = row["iteration"]
+    evaluated = f"  | eval {run.evaluated[n]:.3f}" if n in run.evaluated else ""
+    run.say(
+        f"{n:4d}/{run.config.iterations}  accuracy {row['rollout_accuracy']:.3f}  "
+        f"reward {row['reward_mean']:+.2f}  length {row['completion_length']:5.1f}  "
+        f"leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
+        f"entropy {row['entropy']:.2f}  tokens {run.model_tokens:,d}  "
+        f"seconds {row['seconds']:.0f}{evaluated}"
+    )
+
+
+def print_end(run):
+    """Accuracies, cost, and where the files are."""
+    if run.ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    accuracies = ", ".join(f"{x:.3f} after {i}" for i, x in run.evaluated.items())
+    run.say(
+        f"\n{run.config.eval_decode} accuracy on {len(run.eval_problems)} held-out problems: "
+        f"{accuracies or 'none since the resume'}"
+    )
+    seconds = run.clock.seconds()
+    run.clock.enter("other")
+    phases = [f"{name} {t:.0f} s" for name, t in run.clock.phases.items() if name != "other"]
+    run.say(
+        f"{run.model_tokens:,} model tokens in {seconds:.0f} s ({', '.join(phases)}); "
+        f"peak memory of a rank {peak:.2f} GiB"
+    )
+    metrics, samples = run.path("metrics.jsonl"), run.path("samples.jsonl")
+    run.say(f"metrics: {metrics}   rollouts: {samples}   model: {run.saved}")
+
+
+# -------------------------------------------------------------------------------- Saving, stopping
+
+
+def save(run):
+    """Write OUTPUT/checkpoint_iter_N, then remove older ones.  A collective.
+
+    No random state is in it: problems, noise and order are functions of (seed, iteration, index).
+    """
+    run.clock.enter("checkpoint")
+    state = {
+        "iteration": run.iteration,
+        "model_tokens": run.model_tokens,
+        "seconds": run.clock.seconds(),
+        "reward_bounds": run.reward.bounds,
+        "config": dataclasses.asdict(run.config),
+    }
+    folder = run.path(f"checkpoint_iter_{run.iteration}")
+    run.saved = fsdp.save_checkpoint(
+        folder, run.model, run.tokenizer, run.head, run.optimizer, state, run.ranks
+    )
+    if run.ranks.is_main:  # only now may an older one go
+        fsdp.prune_checkpoints(run.config.output_dir, run.iteration, run.config.keep_checkpoints)
+    run.clock.enter("other")
+
+
+class StopSignals:
+    """SIGTERM (a scheduler's) and Ctrl-C, kept until the loop asks for them.
+
+    So an iteration happens whole or not at all.
+    """
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.received = []
+        self.handlers = {}  # those that were there before
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.keep)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def keep(self, number, frame):
+        """The handler of both signals."""
+        self.received.append(number)
+
+    def first(self):
+        """The first signal that any rank has received, or None; all ranks agree.  A collective."""
+        for received in fsdp.all_gather(self.received, self.ranks):
+            if received:
+                return received[0]
+        return None
+
+
+def failure_sentence(error, ranks):
+    """One line for a failure that is expected to happen to a user; None for a bug."""
     rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or --max-nodes (see --dry-run)"
-    if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError)) or type(error) is LookupError:
+        return (
+            f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or "
+            "--max-nodes (see examples/memory.py)"
+        )
+    if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError)):
+        return f"{rank}{error}"
+    if isinstance(error, NoLeafError):
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
         return f"{rank}another rank has ended, and its own message says why"
-    raise error
+    return None
+
+
+class NoLeafError(Exception):
+    """No search of an iteration found a completion within its bounds."""
 
 
 @contextlib.contextmanager
-def timed(phases, name):
-    """Add the wall seconds spent inside to phases[name]."""
-    start = time.perf_counter()
-    yield
-    phases[name] = phases.get(name, 0.0) + time.perf_counter() - start
+def explain_failures(run):
+    """Inside, an expected failure ends the process with one line and status 1.
 
-
-# ===================================================================================================== the loop
-def main(argv=None):
-    config, args, refuse = parse(argv)
-
-    # ------------------------------------------------------------------ set-up: all that can be wrong is said here
+    A bug keeps its traceback.  Either way the output folder is released.
+    """
     try:
-        if args.dry_run:
-            return memory.dry_run(config, args.gpu_memory)
-        reward = reward_module.load(config.reward, config.format_bonus, config.length_penalty)
-        bf16 = config.mixed_precision == "bf16"
-        ranks = fsdp.start(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
-        if config.cpu_offload and ranks.device.type == "cpu":
-            raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
-        # Run by the main rank alone; what it raises there, all ranks raise.
-        on_main = lambda function: fsdp.agree(lambda: function() if ranks.is_main else None, ranks)
-        begin = lambda: (args.checkpoint, {}) if args.eval_only else run_folder.find_start(config)
-        source, state = fsdp.everyone(on_main(begin), ranks)[0]
-        if state.get("reward_bounds", [*reward.bounds]) != [*reward.bounds]:
-            raise ValueError(f"--reward: its bounds are not the {state['reward_bounds']} that {source} was trained with")
-        loaded = fsdp.agree(lambda: load_everything(config, source, reward, ranks), ranks)
-        model, tokenizer, head, base, train_file, eval_set = loaded
-        shard = functools.partial(fsdp.shard, ranks=ranks, offload=config.cpu_offload)
-        model, head = shard(model, blocks=policy.blocks_of(model), mixed_precision=bf16), shard(head)
-        base = base and shard(base, blocks=policy.blocks_of(base), mixed_precision=bf16)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Two groups, each with a learning rate of its own, which `update` sets.  Adam's usual 0.999, which the head keeps,
-        # remembers a thousand steps, as many as a whole run may have: too long for a policy that moves.
-        groups = [{"params": trained, "betas": (0.9, 0.95)}, {"params": list(head.parameters())}]
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        if not args.eval_only:
-            iteration, model_tokens, earlier = (state[name] for name in ("iteration", "model_tokens", "seconds"))
-            if source:
-                fsdp.agree(lambda: restore(source, model, head, optimizer), ranks)
-            log_too = None
-            if config.wandb or config.tensorboard:
-                log_too = on_main(lambda: logs.start(config, iteration + bool(source)))
-            # The last thing to go wrong: until here nothing was written, from here on the folder is ours.
-            lock = on_main(lambda: run_folder.open_output(config, source, iteration, state["found"]))
-    except (ValueError, OSError) as error:
-        refuse(str(error))
-    score = fsdp.through(model, policy.score)
-    value = evaluation.guide(head, reward.bounds, config.beta, config.guide == "head")
-    say = functools.partial(print, flush=True) if ranks.is_main else lambda line, file=None: None
-
-    def evaluate():
-        how = {name: getattr(config, name) for name in ("max_new_tokens", "width", "max_nodes")}
-        how |= dict(decode=config.eval_decode, value=value, n=config.rollouts_per_problem, batch=config.rollout_batch)
-        with fsdp.gathered(model, head):
-            return evaluation.evaluate(model, tokenizer, eval_set, reward, ranks, **how)[0]
-
-    if args.eval_only:
-        say(evaluation.report(evaluate()))
-        return fsdp.stop(ranks)
-
-    # ------------------------------------------------------------------------------------------------ first words
-    metrics_path, samples_path = (os.path.join(config.output_dir, name) for name in run_folder.RUN_FILES[1:])
-    log = run_folder.append if ranks.is_main else lambda path, rows: None
-    size = lambda parameters: f"{sum(parameter.numel() for parameter in parameters):,}"
-    say(f"{config.model}: {size(model.parameters())} parameters, {size(trained)} trained; value head {size(head.parameters())}")
-    say(f"{config.rollout}, {config.loss}, on {ranks.device}, ranks: {ranks.world_size}, of {torch.get_num_threads()} threads")
-    if config.resume:
-        say(f"resumed from {source or 'the beginning: there is no checkpoint yet'}, after iteration {iteration}")
-
-    start, phases, evaluated = time.perf_counter(), {}, {}
-    seconds = lambda: earlier + time.perf_counter() - start  # of the run, over all its resumes
-
-    def record(row):
-        """Complete the row of an iteration, in place (an evaluation where it is time, the seconds), and write it."""
-        n = row["iteration"]
-        if n % config.eval_every == 0 or n == config.iterations:
-            with timed(phases, "evaluation"):
-                result = evaluate()
-            row |= {f"eval_{name}": result[name] for name in ("accuracy", "format", "accuracy_by_difficulty")}
-            row["eval_length"], evaluated[n] = result["completion_length"], result["accuracy"]
-        row["seconds"] = seconds()
-        log(metrics_path, [row])
-        if log_too:
-            log_too(row)
-
-    def keep():
-        with timed(phases, "checkpoint"):
-            progress = {"model_tokens": model_tokens, "seconds": seconds(), "reward_bounds": reward.bounds}
-            return save_checkpoint(config, iteration, model, tokenizer, head, optimizer, progress, ranks)
-
-    received, stopped, failure, saved = [], None, "", source
-    # The first signal that any rank has received, agreed by all; None if none has.
-    heard = lambda: next((number for told in fsdp.everyone(received, ranks) for number in told), None)
-    gc.freeze()  # what is here stays: Python's collector, which the nodes of a search wake often, need not look at it
-    try:
-        with hold((signal.SIGTERM, signal.SIGINT), received):  # a preempting scheduler's, and Ctrl-C
-            if not source:
-                row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
-                record(row)
-                say(f"before: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, format {row['eval_format']:.3f}")
-
-            while iteration < config.iterations and not (stopped := heard()):
-                n = iteration + 1
-
-                # -------------------------------------------------------------- 1. rollouts: A* search, or sampling
-                problems, indices = draw_problems(config, n, ranks, train_file)
-                given = dict(tokenizer=tokenizer, problems=problems, config=config, reward=reward)
-                given["keys"] = astar_search.root_keys(config.seed, n, indices)  # of the noise: by problem, not by rank
-                # Whole weights on every rank: each search runs as many forwards as it needs, and waits for nobody.
-                with timed(phases, "rollouts"), fsdp.gathered(model, head):
-                    rollouts = make_rollouts(model, value=value, kind=config.rollout, K=config.rollouts_per_problem, **given)
-
-                # ---------------------------------------------------------------------------------------- 2. rewards
-                texts, verdicts = evaluation.judge(rollouts, tokenizer, problems, reward, config.max_new_tokens)
-
-                # ----------------------------------------------------------------- 3. leaf weights and advantages
-                # Whatever needs pi_old is computed here, once, before the first step moves the policy.
-                rollouts.extra = credit(rollouts, verdicts, reward, config)
-                learned = summarise(rollouts, texts, verdicts, problems, ranks)
-                if learned["leaves"] == 0:
-                    raise LookupError(f"iteration {n}: no search found a completion within --max-nodes {config.max_nodes}")
-                spent = learned.pop("model_tokens")
-                if base is not None:  # apo: V*(x) from samples of the base; their tokens count
-                    with timed(phases, "rollouts"), fsdp.gathered(base):
-                        reference = make_rollouts(base, value=None, kind="sample", K=config.apo_samples, **given)
-                        rollouts.extra["ref_logprobs"] = score_all(base, rollouts, indices, config, n, ranks.device)
-                    spent += fsdp.total({"tokens": reference.stats["model_tokens"]}, ranks)["tokens"]
-                    _, judged = evaluation.judge(reference, tokenizer, problems, reward, config.max_new_tokens)
-                    drawn = torch.tensor([verdict["reward"] for verdict in judged]).repeat_interleave(reference.count)
-                    # V*(x) = beta1 log mean exp(r/beta1)
-                    optimal = policy.optimal_value(drawn.view(len(problems), config.apo_samples), config.beta1)
-                    rollouts.extra["optimal_value"] = optimal[rollouts.problem]
-                if bf16:  # pi_old by the forward of training: bfloat16 rounds the search's otherwise, and ratio must be 1
-                    with timed(phases, "update"), fsdp.gathered(model):
-                        rollouts.logprobs = score_all(model, rollouts, indices, config, n, ranks.device)
-
-                # ----------------------------------------------------------------------------------- 4. the update
-                with timed(phases, "update"):
-                    learned |= update(model, score, head, optimizer, rollouts, indices, config, n, ranks)
-                iteration, model_tokens = n, model_tokens + spent
-
-                # -------------------------------------------------------------------------------------- 5. the log
-                row = {"iteration": n, "seconds": 0.0, "model_tokens": model_tokens} | learned
-                row["learning_rate"] = config.learning_rate * learning_rate_scale(config, n)
-                record(row)
-                log(samples_path, some_samples(config, n, indices, rollouts, texts, verdicts, problems, ranks))
-                say(f"{n:4d}/{config.iterations}  accuracy {row['rollout_accuracy']:.3f}  reward {row['reward_mean']:+.2f}  "
-                    f"length {row['completion_length']:5.1f}  leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  "
-                    f"clip {row['clip_fraction']:.2f}  entropy {row['entropy']:.2f}  tokens {model_tokens:,d}  "
-                    f"seconds {row['seconds']:.0f}" + (f"  | eval {evaluated[n]:.3f}" if n in evaluated else ""))  # fmt: skip
-
-                # -------------------------------------------------------------------------------- 6. the checkpoint
-                # No random state is in it: problems, noise and order are functions of (seed, iteration, index).
-                if n % config.checkpoint_every == 0 or n == config.iterations:
-                    saved = keep()
-            if stopped and iteration > 0 and not saved.endswith(f"checkpoint_iter_{iteration}"):
-                saved = keep()
+        yield
     except Exception as error:
-        failure = what_failed(error, ranks)
-    finally:
-        if ranks.is_main:
-            os.close(lock)
-
-    # ------------------------------------------------------------------------------------------------- last words
-    if failure:
-        print(f"train.py: stopped: {failure}; the last good checkpoint is {saved or 'none'}", file=sys.stderr)
+        sentence = failure_sentence(error, run.ranks)
+        if sentence is None:
+            raise
+        last = run.saved or "none"
+        print(f"train.py: stopped: {sentence}; the last good checkpoint is {last}", file=sys.stderr)
         sys.exit(1)
-    if stopped:
-        go_on = f"go on from {saved} with the same flags and --resume auto" if saved else "there is nothing to keep yet"
-        name, status = ("SIGTERM", 0) if stopped == signal.SIGTERM else ("Ctrl-C", 130)
-        say(f"train.py: stopped by {name} after iteration {iteration}; {go_on}", file=sys.stderr)
-        return fsdp.stop(ranks, status)
-    on_gpu, on_host = ranks.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else on_host
-    say(f"\n{config.eval_decode} accuracy on {len(eval_set)} held-out problems: "
-        + (", ".join(f"{accuracy:.3f} after {i}" for i, accuracy in evaluated.items()) or "none since the resume"))  # fmt: skip
-    where_time_went = ", ".join(f"{name} {t:.0f} s" for name, t in phases.items())
-    say(f"{model_tokens:,} model tokens in {seconds():.0f} s ({where_time_went}); peak memory of a rank {peak:.2f} GiB")
-    say(f"metrics: {metrics_path}   rollouts: {samples_path}   model: {saved}")
-    fsdp.stop(ranks)
+    finally:
+        if run.lock is not None:
+            os.close(run.lock)
+
+
+def print_stop(run, stop_signal):
+    """Say what stopped the run and how to go on.  Returns the exit status."""
+    name, status = "SIGTERM", 0
+    if stop_signal == signal.SIGINT:
+        name, status = "Ctrl-C", 130
+    if run.saved:
+        go_on = f"go on from {run.saved} with the same flags and --resume auto"
+    else:
+        go_on = "there is nothing to keep yet"
+    run.say(
+        f"train.py: stopped by {name} after iteration {run.iteration}; {go_on}", file=sys.stderr
+    )
+    return status
+
+
+# ----------------------------------------------------------------------------------------- The loop
+
+
+def main(argv=None):
+    config, arguments, parser = parse_arguments(argv)
+    try:
+        run = set_up(config, arguments)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if arguments.eval_only:
+        run.say(evaluation.format_report(evaluate(run)))
+        return fsdp.shutdown(run.ranks)
+
+    print_start(run, arguments.companions)
+    ranks, reward = run.ranks, run.reward
+    policy_parameters, head_parameters = (group["params"] for group in run.optimizer.param_groups)
+    # Nodes of a search wake Python's collector often.  It need not look at what is here already.
+    gc.freeze()
+    stop_signal = None
+    with explain_failures(run), StopSignals(ranks) as signals:
+        if not run.source:
+            row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
+            log_row(run, row)
+            run.say(
+                f"before: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, "
+                f"format {row['eval_format']:.3f}"
+            )
+
+        for iteration in range(run.iteration + 1, config.iterations + 1):
+            stop_signal = signals.first()
+            if stop_signal is not None:
+                break
+
+            # ------------------------------------------------ 1. Rollouts: A* search, or sampling
+            run.clock.enter("rollouts")
+            problems, indices = draw_problems(config, iteration, ranks, run.file_problems)
+            # Whole weights on every rank: each search runs as many forwards as it needs.
+            with fsdp.full_weights(run.model, run.head):
+                rollouts = generate_rollouts(
+                    run.model,
+                    run.tokenizer,
+                    problems,
+                    indices,
+                    config,
+                    reward,
+                    iteration=iteration,
+                    value_function=run.value_function,
+                    kind=config.rollout,
+                    K=config.rollouts_per_problem,
+                )
+
+            # ------------------------------------------------------------------------ 2. Rewards
+            texts, verdicts = evaluation.judge_rollouts(
+                rollouts, run.tokenizer, problems, reward, config.max_new_tokens
+            )
+            rewards = torch.tensor([verdict["reward"] for verdict in verdicts])  # (B,)
+
+            # -------------------------------------------------- 3. Leaf weights and advantages
+            mask = rollouts.mask  # (B, T-1)
+            leaf_weight = leaf_weights(rollouts, config)  # (B,)
+            soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)  # (B,)
+            if config.loss == "em":
+                advantage = policy.em_advantages(soft_targets, leaf_weight, rollouts.problem)
+                advantages = advantage[:, None] * mask
+            elif config.loss == "grpo":
+                advantage = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)
+                advantages = advantage[:, None] * mask
+            else:
+                advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
+            rollouts.extra = {
+                "rewards": rewards,
+                "soft_targets": soft_targets,
+                "leaf_weight": leaf_weight,
+                "advantages": advantages,
+            }
+            summary = summarise(rollouts, texts, verdicts, problems, ranks)
+            if summary["leaves"] == 0:
+                raise NoLeafError(
+                    f"iteration {iteration}: no search found a completion "
+                    f"within --max-nodes {config.max_nodes}"
+                )
+            model_tokens = summary.pop("model_tokens")
+            if config.loss == "apo":
+                model_tokens += add_apo_columns(run, rollouts, problems, indices, iteration)
+            run.clock.enter("update")
+            if config.mixed_precision == "bf16":
+                # bfloat16 rounds the search's log pi otherwise than the update's.  pi_old must be
+                # the update's, or the ratio would not be 1 before the first step.
+                with fsdp.full_weights(run.model):
+                    rollouts.log_probs = score_rollouts(
+                        run.model, rollouts, indices, config, iteration, ranks.device
+                    )
+
+            # --------------------------------------------------------------------- 4. The update
+            set_learning_rates(run.optimizer, config, iteration)
+            run.model.train()
+            steps = []  # metrics of each optimiser step
+            for epoch in range(config.epochs):
+                for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch):
+                    # What the losses are divided by is counted before the first backward, over
+                    # all ranks.  So the parts below are terms of one sum.
+                    totals = minibatch_totals(rollouts, minibatch, ranks)
+                    if totals["tokens"] == 0:
+                        continue  # no search of this minibatch found a leaf, on any rank
+                    sums = {}
+                    for part in parts_of(minibatch, rollouts, ranks):
+                        log_prob, entropy, hidden = run.score(part.tokens, part.mask)
+                        # A leaf counts by its weight and by its tokens: (B, T-1).
+                        token_weights = part.extra["leaf_weight"][:, None] * part.mask
+                        token_weights = token_weights / totals["tokens"]
+                        if config.loss == "apo":
+                            policy_loss, metrics = policy.apo_loss(
+                                log_prob=log_prob,
+                                ref_log_prob=part.extra["ref_log_probs"],
+                                mask=part.mask,
+                                rewards=part.extra["rewards"],
+                                optimal_values=part.extra["optimal_value"],
+                                beta2=config.beta2,
+                                leaf_weights=part.extra["leaf_weight"] / totals["leaves"],
+                            )
+                        else:  # em, grpo and ppo differ in their advantages alone
+                            policy_loss, metrics = policy.ppo_loss(
+                                log_prob=log_prob,
+                                old_log_prob=part.log_probs,
+                                advantages=part.extra["advantages"],
+                                entropy=entropy,
+                                token_weights=token_weights,
+                                clip=config.clip,
+                                entropy_coef=config.entropy_coef,
+                            )
+                        V, u_logit = run.head(hidden)
+                        head_loss, head_metrics = value_module.value_loss(
+                            values=V,
+                            u_logit=u_logit,
+                            returns=value_module.monte_carlo_returns(
+                                part.extra["rewards"], part.mask
+                            ),
+                            targets=value_module.monte_carlo_returns(
+                                part.extra["soft_targets"], part.mask
+                            ),
+                            token_weights=token_weights,
+                        )
+                        # FSDP averages gradients over the ranks; these losses are to be added up.
+                        ((policy_loss + head_loss) * ranks.world_size).backward()
+                        ratio_metrics = policy.ratio_metrics(
+                            log_prob=log_prob,
+                            old_log_prob=part.log_probs,
+                            entropy=entropy,
+                            token_weights=token_weights,
+                            clip=config.clip,
+                        )
+                        add_to(sums, {**metrics, **ratio_metrics, **head_metrics})
+                    measured = reduce_metrics(sums, ranks)
+                    # Each group is clipped by its own norm: neither shrinks the other's step.
+                    policy_norm = clip_grad_norm_(policy_parameters, config.grad_clip)
+                    clip_grad_norm_(head_parameters, config.grad_clip)
+                    measured["grad_norm"] = fsdp.full_tensor(policy_norm).item()
+                    check_finite(measured, iteration)
+                    run.optimizer.step()
+                    run.optimizer.zero_grad(set_to_none=True)
+                    steps.append(measured)
+            run.model.eval()
+            run.iteration = iteration
+            run.model_tokens += model_tokens
+            run.clock.enter("other")
+
+            # ---------------------------------------------------- 5. Log, evaluate, checkpoint
+            row = {
+                "iteration": iteration,
+                "seconds": 0.0,
+                "model_tokens": run.model_tokens,
+                **summary,
+                **mean_metrics(steps),
+                "learning_rate": config.learning_rate * learning_rate_scale(config, iteration),
+            }
+            log_row(run, row)
+            samples = sample_rows(
+                config, iteration, indices, rollouts, texts, verdicts, problems, ranks
+            )
+            if ranks.is_main:
+                fsdp.append_rows(run.path("samples.jsonl"), samples)
+            print_iteration(run, row)
+            if iteration % config.checkpoint_every == 0 or iteration == config.iterations:
+                save(run)
+
+        # After a stop: what the last iterations learned is kept.
+        unsaved = not run.saved.endswith(f"checkpoint_iter_{run.iteration}")
+        if stop_signal is not None and run.iteration > 0 and unsaved:
+            save(run)
+
+    if stop_signal is not None:
+        return fsdp.shutdown(ranks, print_stop(run, stop_signal))
+    print_end(run)
+    return fsdp.shutdown(ranks)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Named settings x seeds x budgets, each a run of train.py: what accuracy does a method reach for so many tokens?
+"""What accuracy does a method reach for so many tokens?  Settings x seeds x budgets, by train.py.
 
-    python experiments/compare.py base --only '*em; *; 40*' --seeds 0     # each learning rate, two runs at a time
-    python experiments/compare.py base --only '*; lr 2e-4; *'             # every method at one, seeds 0 1 2
-    python experiments/report.py base                               # the tables
+    python experiments/compare.py base --only '*em; *; 40*' --seeds 0     # each learning rate
+    python experiments/compare.py base --only '*; lr 2e-4; *'             # every method at one
+    python experiments/report.py base                                     # the tables
 
-A budget is a number of iterations, and the learning rate is annealed to the end of each: read along a single long run,
-a method would be judged by the noise of a learning rate that fits another length.  Each run has one thread, and its
-CPU seconds are counted: they do not depend on what else the machine does.  A run that is there is not run again, one
-that was stopped goes on: start the same line again.  Results: a row a run in experiments/results/SUITE.jsonl, with the
-curve at every evaluation.
+A budget is a number of iterations, and the learning rate is annealed to the end of each.  Read
+along a single long run, a method would be judged by the noise of a learning rate that fits another
+length.  Each run has one thread, and its CPU seconds are counted: they do not depend on what else
+the machine does.  Two runs go at a time.  A run whose row exists is not run again, and one that was
+stopped goes on: start the same line again.  Results: a row a run in
+experiments/results/SUITE.jsonl, with the curve at every evaluation.
 """
 
 import argparse
@@ -25,12 +26,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 
 # 64 problems an iteration and 4 optimiser steps for every method.
-COMMON = ("--config ppo --problems-per-iteration 64 --minibatches 2 --epochs 2 --warmup 4 --eval-every 10 --eval-problems 500 "
-          "--checkpoint-every 1000 --keep-checkpoints 1 --samples 0")  # fmt: skip
+COMMON = (
+    "--config ppo --problems-per-iteration 64 --minibatches 2 --epochs 2 --warmup 4 "
+    "--eval-every 10 --eval-problems 500 --checkpoint-every 1000 --keep-checkpoints 1 --samples 0"
+)
 QUICK = COMMON.replace("--warmup 4 --eval-every 10", "--warmup 1 --eval-every 6")
 FIND = "--until-right on --cover 0.95 --rollouts-per-problem 16"  # draws, until one is right
-BEST_FIRST = "--tau 0 --until-right on --cover 1 --rollouts-per-problem 64"  # plain A*, until a leaf is right
+# Plain A*, until a leaf is right.
+BEST_FIRST = "--tau 0 --until-right on --cover 1 --rollouts-per-problem 64"
 SAMPLE = "--rollout sample --rollouts-per-problem"
+DEEP = f"--loss em {BEST_FIRST} --max-nodes 512"
 METHODS = {
     "sampling 4, ppo": f"{SAMPLE} 4 --loss ppo",
     "sampling 8, ppo": f"{SAMPLE} 8 --loss ppo",
@@ -50,34 +55,64 @@ METHODS = {
     "Gumbel without stop by mass, ppo": "--guide none --loss ppo --cover 1",
     "best-first (tau 0, h=0), ppo": "--guide none --loss ppo --tau 0",
     "beam of 8 (tau 0, h=0), ppo": "--guide none --loss ppo --tau 0 --max-open 8",
-    "A* h=0 without stop at the right leaf, em": "--guide none --loss em --cover 0.95 --rollouts-per-problem 16",
+    "A* h=0 without stop at the right leaf, em": (
+        "--guide none --loss em --cover 0.95 --rollouts-per-problem 16"
+    ),
+    # For the hard regime.
+    "A* tau 0, h=0, 512 nodes, em": f"--guide none {DEEP}",
+    "A* tau 0, head, 512 nodes, em": f"--guide head {DEEP}",
+    "A* h=0, 512 nodes, grpo": "--guide none --loss grpo --max-nodes 512",
 }
+# The hard regime: 3 x 3 digits, a chain of five unreliable steps.  3 % of the base's samples are
+# right.
+HARD = QUICK.replace("--eval-every 6", "--eval-every 4")
+HARD += " --model tiny_base/hard --digits 3x3 --max-new-tokens 128"
+
+RATES = ("2e-4", "4e-4", "1e-4")  # the same three for every method
+HARD_METHODS = [name for name in METHODS if "512" in name] + ["sampling 8, em", "sampling 8, grpo"]
+EM_METHODS = [name for name in METHODS if name.endswith("em") and "512" not in name]
+# What is kept of metrics.jsonl.
+KEPT = (
+    "iteration",
+    "seconds",
+    "model_tokens",
+    "eval_accuracy",
+    "eval_length",
+    "rollout_accuracy",
+    "leaves",
+    "mass",
+    "entropy",
+    "explained_variance",
+)
 
 
 def runs(methods, rates, iterations, common=COMMON):
     """name -> flags: every method at every peak learning rate and number of iterations."""
-    return {f"{name}; lr {rate}; {n} iterations": f"{common} {METHODS[name]} --learning-rate {rate} --iterations {n}"
-            for n in iterations for name in methods for rate in rates}  # fmt: skip
+    suite = {}
+    for n in iterations:
+        for name in methods:
+            for rate in rates:
+                flags = f"{common} {METHODS[name]} --learning-rate {rate} --iterations {n}"
+                suite[f"{name}; lr {rate}; {n} iterations"] = flags
+    return suite
 
 
-RATES = ("2e-4", "4e-4", "1e-4")  # the same three for every method
-EM = [name for name in METHODS if name.endswith("em")]
-# The hard regime: 3 x 3 digits, a chain of five unreliable steps, right in 3 % of the base's samples.
-HARD = QUICK.replace("--eval-every 6", "--eval-every 4") + " --model tiny_base/hard --digits 3x3 --max-new-tokens 128"
-DEEP = f"--loss em {BEST_FIRST} --max-nodes 512"
-METHODS |= {"A* tau 0, h=0, 512 nodes, em": f"--guide none {DEEP}", "A* tau 0, head, 512 nodes, em": f"--guide head {DEEP}",
-            "A* h=0, 512 nodes, grpo": "--guide none --loss grpo --max-nodes 512"}  # fmt: skip
-DEEP_METHODS = [name for name in METHODS if "512" in name] + ["sampling 8, em", "sampling 8, grpo"]
 SUITES = {
-    "base": runs(METHODS, RATES, [40, 80]),  # all methods, 4 iterations of warm-up
-    "quick": runs(EM, RATES, [18, 24, 40, 80], QUICK),  # the em loss, 1 iteration of warm-up
-    "weak": runs(EM, RATES, [24, 60], f"{QUICK} --model tiny_base/weak"),
-    "hard": runs(DEEP_METHODS, ["5e-5", "2e-4"], [12], HARD),
+    # all methods, 4 iterations of warm-up
+    "base": runs(METHODS, RATES, [40, 80]),
+    # the em loss, 1 iteration of warm-up
+    "quick": runs(EM_METHODS, RATES, [18, 24, 40, 80], QUICK),
+    "weak": runs(EM_METHODS, RATES, [24, 60], f"{QUICK} --model tiny_base/weak"),
+    "hard": runs(HARD_METHODS, ["5e-5", "2e-4"], [12], HARD),
 }
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    """The rows of a jsonl file; [] if there is none.  A line that is being written is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def write(name, row):
@@ -88,54 +123,84 @@ def write(name, row):
 
 
 def curve(metrics):
-    """What is kept of metrics.jsonl: a row an evaluation, with the distinct correct completions found until then."""
-    kept, distinct = [], 0.0
+    """A row for each evaluation in metrics.jsonl, with the distinct right completions so far."""
+    kept = []
+    distinct = 0.0
     for row in metrics:
         distinct += row.get("unique_correct", 0.0)
         if "eval_accuracy" in row:
-            names = ("iteration", "seconds", "model_tokens", "eval_accuracy", "eval_length", "rollout_accuracy", "leaves", "mass", "entropy", "explained_variance")  # fmt: skip
-            kept.append({name: row[name] for name in names if row.get(name) is not None} | {"unique_correct": distinct})
+            point = {name: row[name] for name in KEPT if row.get(name) is not None}
+            point["unique_correct"] = distinct
+            kept.append(point)
     return kept
 
 
 def run(suite, name, flags, seed):
-    """One run; returns its row."""
+    """One run of train.py in a process of its own; returns its row.  Raises RuntimeError."""
     folder = ROOT / "runs" / suite / f"{name} seed {seed}".replace(" ", "_")
-    command = [sys.executable, "train.py", *flags.split(), "--seed", str(seed), "--device", "cpu",
-               "--output-dir", str(folder.relative_to(ROOT)), "--resume", "auto"]  # fmt: skip
+    command = [sys.executable, "train.py", *flags.split(), "--seed", str(seed), "--device", "cpu"]
+    command += ["--output-dir", str(folder.relative_to(ROOT)), "--resume", "auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
         _, status, used = os.wait4(process.pid, 0)
     if status != 0:
         raise RuntimeError(f"{name}, seed {seed}: train.py failed, see {folder}.log")
-    return {"setting": name, "seed": seed, "flags": flags, "cpu": cpu(), "cpu_seconds": used.ru_utime + used.ru_stime,
-            "curve": curve(rows(folder / "metrics.jsonl"))}  # fmt: skip
+    return {
+        "setting": name,
+        "seed": seed,
+        "flags": flags,
+        "cpu": cpu(),
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "curve": curve(rows(folder / "metrics.jsonl")),
+    }
 
 
 def cpu():
-    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {model[0] if model else platform.machine()}"
+    """The cores of this process, such as '2 cores of AMD EPYC'."""
+    model = platform.machine()
+    with open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                model = line.split(":")[1].strip()
+    return f"{len(os.sched_getaffinity(0))} cores of {model}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--only", nargs="+", default=["*"], help="settings whose name matches, as a shell would; in this order")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        help="settings whose name matches, as a shell would; in this order",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
+    suite = SUITES[args.suite]
     done = {(row["setting"], row["seed"]) for row in rows(RESULTS / f"{args.suite}.jsonl")}
-    chosen = dict.fromkeys(name for pattern in args.only for name in fnmatch.filter(SUITES[args.suite], pattern))
-    todo = [(name, seed) for seed in args.seeds for name in chosen if (name, seed) not in done]
+    chosen = []
+    for pattern in args.only:
+        for name in fnmatch.filter(suite, pattern):
+            if name not in chosen:
+                chosen.append(name)
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run, args.suite, name, SUITES[args.suite][name], seed) for name, seed in todo]
+        futures = []
+        for seed in args.seeds:
+            for name in chosen:
+                if (name, seed) not in done:
+                    futures.append(pool.submit(run, args.suite, name, suite[name], seed))
         for future in concurrent.futures.as_completed(futures):
             row = future.result()
             write(args.suite, row)
             last = row["curve"][-1]
             print(
-                f"{row['setting']:60s} seed {row['seed']}  {last['eval_accuracy']:.3f} after {last['model_tokens']:10,d} tokens, {row['cpu_seconds']:5.0f} s",
+                f"{row['setting']:60s} seed {row['seed']}  {last['eval_accuracy']:.3f} after "
+                f"{last['model_tokens']:10,d} tokens, {row['cpu_seconds']:5.0f} s",
                 flush=True,
             )
 

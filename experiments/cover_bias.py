@@ -1,11 +1,15 @@
-"""What the stop by covered mass does to estimates of E_pi[r]: random tables, where the truth is an enumeration.
+"""What does the stop by covered mass do to estimates of E_pi[r]?  Random tables, the truth known.
 
-    python experiments/cover_bias.py            # 30 seconds; appends a row to experiments/results/cover_bias.jsonl
+    python experiments/cover_bias.py       # 30 seconds; rows into results/cover_bias.jsonl
 
-Tables of 4 tokens and depth 6, from flat to peaked; a completion is right with chance .5, drawn once.  For every share of pi that
-ends a search (K = 8 leaves at most): the bias and the root mean square error of three estimates, in units of reward (a right completion
-is worth 1), and what the search cost.  unnormalised: sum of (pi/q) r.  normalised: the same divided by the sum of pi/q.  plain pi: pi in
-the place of pi/q, divided by its sum.
+Tables of 4 tokens and depth 6, from flat to peaked.  A completion is right with chance .5, drawn
+once, and the truth is an enumeration.  For every share of pi that ends a search (K = 8 leaves at
+most): the bias and the root mean square error of three estimates, in units of reward (a right
+completion is worth 1), and what the search cost.
+
+    unnormalised    sum of (pi/q) r
+    normalised      the same divided by the sum of pi/q
+    plain pi        pi in the place of pi/q, divided by its sum
 """
 
 import argparse
@@ -13,84 +17,133 @@ import math
 import pathlib
 import sys
 
+import compare
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import astar_search  # noqa: E402
-import compare  # noqa: E402
+import astar_search
 
-V, DEPTH, EOS = 4, 6, 0
-
-
-def table(seed, sharpness):
-    """log pi(.|s) of every prefix as a function of its path, and the reward of every completion."""
-    rows, rewards = {}, {}
-    number = lambda path: hash((seed, 7, *path)) & (2**62 - 1)  # of integers: the same on every machine
-
-    def logp(path):
-        if path not in rows:
-            key = astar_search.mix64(torch.tensor(number(path)), torch.arange(V))
-            rows[path] = torch.log_softmax(sharpness * astar_search.gumbel(key), 0)
-        return rows[path]
-
-    def reward(path):
-        if path not in rewards:
-            rewards[path] = float(number(path) % 1000 < 500)
-        return rewards[path]
-
-    return logp, reward
+V = 4
+DEPTH = 6
+EOS = 0
 
 
-def truth(logp, reward):
-    """E_pi[r] by enumeration."""
-    total, stack = 0.0, [((), 0.0)]
-    while stack:
-        path, g = stack.pop()
-        if path and (path[-1] == EOS or len(path) == DEPTH):
-            total += math.exp(g) * reward(path)
-        else:
-            stack += [(path + (a,), g + step) for a, step in enumerate(logp(path).tolist())]
-    return total
+class Table:
+    """log pi(.|s) of every prefix, and the reward of every completion, as functions of the path."""
+
+    def __init__(self, seed, sharpness):
+        self.seed = seed
+        self.sharpness = sharpness
+        self.rows = {}  # path -> log pi (V,)
+
+    def number(self, path):
+        """A hash of integers: the same on every machine."""
+        return hash((self.seed, 7, *path)) & (2**62 - 1)
+
+    def log_probs(self, path):
+        """log pi(.|path) (V,)."""
+        if path not in self.rows:
+            key = astar_search.mix64(torch.tensor(self.number(path)), torch.arange(V))
+            self.rows[path] = torch.log_softmax(self.sharpness * astar_search.gumbel(key), 0)
+        return self.rows[path]
+
+    def reward(self, path):
+        """0 or 1."""
+        return float(self.number(path) % 1000 < 500)
+
+    def mean_reward(self):
+        """E_pi[r] by enumeration."""
+        total = 0.0
+        stack = [((), 0.0)]
+        while stack:
+            path, g = stack.pop()
+            if path and (path[-1] == EOS or len(path) == DEPTH):
+                total += math.exp(g) * self.reward(path)
+                continue
+            for token, log_prob in enumerate(self.log_probs(path).tolist()):
+                stack.append(((*path, token), g + log_prob))
+        return total
+
+
+def weighted_sum(weights, rewards):
+    """sum_i w_i r_i."""
+    return sum(weight * reward for weight, reward in zip(weights, rewards))
+
+
+def estimates_of(tree, table):
+    """{estimate: number} from the leaves of one search."""
+    rewards = [table.reward(tuple(leaf.tokens())) for leaf in tree.leaves]
+    weights = [leaf.weight for leaf in tree.leaves]
+    pi = [math.exp(leaf.g) for leaf in tree.leaves]
+    return {
+        "unnormalised": weighted_sum(weights, rewards),
+        "normalised": weighted_sum(weights, rewards) / sum(weights),
+        "plain pi": weighted_sum(pi, rewards) / sum(pi),
+    }
+
+
+def bias(errors, searches):
+    """The root mean square, over tables, of the bias of an estimate.  errors (tables, searches).
+
+    The bias of a table may have either sign, so its size is averaged.  What chance alone would
+    give, the variance of the mean, is taken off.
+    """
+    square = errors.mean(1) ** 2 - errors.var(1) / searches
+    return square.mean().clamp(min=0).sqrt().item()
+
+
+def measure(tables, exact, cover, searches):
+    """A row: the figures of `searches` searches of each table.  exact (tables * searches)."""
+
+    def expand(nodes):
+        rows = []
+        for node in nodes:
+            table = tables[node.problem // searches]
+            rows.append(table.log_probs(tuple(node.tokens())))
+        return torch.stack(rows), torch.zeros(len(nodes), 1)
+
+    options = astar_search.Options((EOS,), K=8, max_new_tokens=DEPTH, cover=cover)
+    trees = astar_search.search(astar_search.root_keys(0, 0, range(len(exact))), expand, options)
+    found = [estimates_of(tree, tables[i // searches]) for i, tree in enumerate(trees)]
+    errors = {}
+    for name in found[0]:
+        errors[name] = torch.tensor([estimates[name] for estimates in found]) - exact
+    by_table = {name: error.view(len(tables), -1) for name, error in errors.items()}
+    return {
+        "sharpness": tables[0].sharpness,
+        "cover": min(cover, 1.0),
+        "nodes": sum(tree.pops for tree in trees) / len(trees),
+        "leaves": sum(len(tree.leaves) for tree in trees) / len(trees),
+        "mean_error": {name: error.mean().item() for name, error in errors.items()},
+        "bias": {name: bias(error, searches) for name, error in by_table.items()},
+        "rmse": {name: error.square().mean().sqrt().item() for name, error in errors.items()},
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tables", type=int, default=40, help="of each sharpness")
     parser.add_argument("--searches", type=int, default=100, help="of each table")
     args = parser.parse_args()
-    print("sharpness  cover   nodes  leaves |  bias of: unnormalised  normalised  plain pi |  RMSE: unnormalised  normalised  plain pi")
+    estimates = "unnormalised  normalised  plain pi"
+    print(f"sharpness  cover   nodes  leaves |  bias of: {estimates} |  RMSE: {estimates}")
     for sharpness in (0.5, 1.5, 3.0):
-        problems = [table(seed, sharpness) for seed in range(args.tables)]
-        exact = torch.tensor([truth(*problem) for problem in problems]).repeat_interleave(args.searches)
-
-        def expand(nodes):
-            logp = torch.stack([problems[node.problem // args.searches][0](tuple(node.path())) for node in nodes])
-            return logp, torch.zeros(len(nodes), 1)
-
+        tables = [Table(seed, sharpness) for seed in range(args.tables)]
+        exact = torch.tensor([table.mean_reward() for table in tables])
+        exact = exact.repeat_interleave(args.searches)
         for cover in (0.5, 0.8, 0.9, 0.95, math.inf):
-            options = astar_search.Options((EOS,), K=8, max_new_tokens=DEPTH, cover=cover)
-            trees = astar_search.search(astar_search.root_keys(0, 0, range(len(exact))), expand, options)
-            estimates = {"unnormalised": [], "normalised": [], "plain pi": []}
-            for i, tree in enumerate(trees):
-                r = [problems[i // args.searches][1](tuple(leaf.path())) for leaf in tree.leaves]
-                w, pi = [leaf.weight for leaf in tree.leaves], [math.exp(leaf.g) for leaf in tree.leaves]
-                dot = lambda x: sum(a * b for a, b in zip(x, r))
-                for name, x in (("unnormalised", dot(w)), ("normalised", dot(w) / sum(w)), ("plain pi", dot(pi) / sum(pi))):
-                    estimates[name].append(x)
-            errors = {name: torch.tensor(x) - exact for name, x in estimates.items()}
-            # The bias of a table may have either sign: the mean over tables of its size, less what chance alone would give.
-            by_table = {name: e.view(args.tables, -1) for name, e in errors.items()}
-            size = lambda e: (e.mean(1) ** 2 - e.var(1) / args.searches).mean().clamp(min=0).sqrt().item()
-            row = {
-                "sharpness": sharpness, "cover": min(cover, 1.0), "nodes": sum(t.pops for t in trees) / len(trees),
-                "leaves": sum(len(t.leaves) for t in trees) / len(trees), "mean_error": {name: e.mean().item() for name, e in errors.items()},
-                "bias": {name: size(e) for name, e in by_table.items()}, "rmse": {name: e.square().mean().sqrt().item() for name, e in errors.items()},
-            }  # fmt: skip
+            row = measure(tables, exact, cover, args.searches)
             compare.write("cover_bias", row)
-            figures = "  ".join(f"{row[kind][name]:.3f}" for kind in ("bias", "rmse") for name in estimates)
-            print(f"{sharpness:9.1f} {row['cover']:6.2f} {row['nodes']:7.1f} {row['leaves']:7.1f} | {figures}", flush=True)
+            figures = [*row["bias"].values(), *row["rmse"].values()]
+            print(
+                f"{sharpness:9.1f} {row['cover']:6.2f} {row['nodes']:7.1f} {row['leaves']:7.1f} | "
+                + "  ".join(f"{figure:.3f}" for figure in figures),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

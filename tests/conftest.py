@@ -1,5 +1,7 @@
-"""Puts the repository root on the path: the files under test are flat modules, not a package.  And what several test
-files need to start ranks and to read a run."""
+"""Put the repository root on the path, and hold what several test files need.
+
+The files under test are flat modules, not a package.  The functions start ranks and read a run.
+"""
 
 import json
 import os
@@ -11,17 +13,27 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def launch(ranks, *command, **options):
-    """`command` on so many ranks, by torchrun; one process is started with python alone."""
+def launch(ranks, *command, cwd=ROOT, **options):
+    """Start `command` on so many ranks, by torchrun.  One process is started with python alone."""
+    words = [sys.executable]
     if ranks > 1:
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command]
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words += [str(word) for word in command]
+    environment = dict(os.environ)
+    environment["OMP_NUM_THREADS"] = "1"
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
-    )  # fmt: skip
+        words,
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
 
 
 def finish(process, code=0):
+    """Wait for a process, assert its exit status and return its output."""
     output, _ = process.communicate(timeout=240)
     assert process.returncode == code, output
     return output
@@ -34,12 +46,18 @@ def rows(path):
 
 def timeless(folder):
     """metrics.jsonl of a run without wall seconds, which are all that may differ."""
-    return [{key: x for key, x in row.items() if key != "seconds"} for row in rows(folder / "metrics.jsonl")]
+    found = rows(folder / "metrics.jsonl")
+    for row in found:
+        row.pop("seconds", None)
+    return found
 
 
 def tensors(checkpoint):
     """Every weight and moment of a checkpoint by name."""
     from safetensors.torch import load_file
 
-    names = ("model", "value", "optimizer")
-    return {f"{name}/{key}": x for name in names for key, x in load_file(checkpoint / f"{name}.safetensors").items()}
+    found = {}
+    for file in ("model", "value", "optimizer"):
+        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items():
+            found[f"{file}/{name}"] = tensor
+    return found

@@ -1,17 +1,20 @@
 """make_base.py -- the script that made the tiny base models beside it.
 
-A stand-in for a pretrained base model that fits into a repository: a real Qwen2 architecture with 0.6 million
-parameters and a character-level tokenizer.  Like a real base it has *seen* step-by-step work, rarely uses it, and is
-unreliable at it.  Its corpus is 2-digit products, never one that data.py holds out, written in one of two ways:
+A stand-in for a pretrained base model that fits into a repository: a real Qwen2 architecture with
+0.6 million parameters and a character-level tokenizer.  Like a real base it has seen step-by-step
+work, rarely uses it, and is unreliable at it.  Its corpus is 2-digit products, never one that
+data.py holds out, written in one of two ways.  The step-by-step way is always right; the direct
+way has mostly wrong digits:
 
-    34*12=<think>34*10=340 34*2=68 340+68=408</think><answer>408</answer>        the step-by-step way, always right
-    34*12=<answer>418</answer>                                                  the direct way, mostly with wrong digits
+    34*12=<think>34*10=340 34*2=68 340+68=408</think><answer>408</answer>
+    34*12=<answer>418</answer>
 
-Half of each for most of the training, then 5 % step-by-step: the model ends up answering directly.
+For most of the training each is half of the corpus, then 5 % is step-by-step: the model ends up
+answering directly.
 
-    python tiny_base/make_base.py                                    # writes tiny_base/ and tiny_base/weak/
-    python tiny_base/make_base.py --scan 50                          # prints the accuracy every 50 steps instead
-    python tiny_base/make_base.py --base hard                        # writes tiny_base/hard/: 3-digit by 1- to 3-digit
+    python tiny_base/make_base.py               # writes tiny_base/ and tiny_base/weak/
+    python tiny_base/make_base.py --scan 50     # prints the accuracy every 50 steps instead
+    python tiny_base/make_base.py --base hard   # writes tiny_base/hard/: 3-digit by 1- to 3-digit
 """
 
 import argparse
@@ -25,8 +28,8 @@ from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokeniz
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import data  # noqa: E402  (the split is data.py's alone)
-import reward  # noqa: E402
+import data
+import reward
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 # 24 tokens.  As in every byte-level vocabulary a space is written \u0120 and a new line \u010a.
@@ -35,86 +38,148 @@ PAD, EOS = 0, 1
 
 
 def make_tokenizer():
-    """One token a character, one a tag.  A Qwen2 tokenizer without merges, because AutoTokenizer gives a Qwen2 model
-    that class whatever the folder asks for; the tags are added tokens, or it would not find them in a text."""
+    """One token a character, one a tag.
+
+    It is a Qwen2 tokenizer without merges, because AutoTokenizer gives a Qwen2 model that class
+    whatever the folder asks for.  The tags are added tokens, else it would not find them in a text.
+    """
     tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(VOCABULARY)}, merges=[], pad_token="<pad>", eos_token="<eos>",
-        unk_token="<unk>", model_max_length=256,
-    )  # fmt: skip
+        vocab={token: i for i, token in enumerate(VOCABULARY)},
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=256,
+    )
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     assert len(tokenizer) == len(VOCABULARY)
     return tokenizer
 
 
 def make_model():
+    """A Qwen2 with random weights: 0.6 million parameters."""
     config = Qwen2Config(
-        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
     return Qwen2ForCausalLM(config)
 
 
+# --------------------------------------------------------------------------------------- The corpus
 def worked(a, b):
-    """34, 12 -> '34*10=340 34*2=68 340+68=408': the way of thinking that the corpus teaches.  One product a digit of b,
-    then the sums, from the left: a chain of 2 n - 1 steps for n digits."""
-    parts = [int(digit) * 10**place for place, digit in zip(range(len(str(b)) - 1, -1, -1), str(b))]
-    steps, total = [f"{a}*{part}={a * part}" for part in parts], a * parts[0]
-    for part in parts[1:]:
-        steps.append(f"{total}+{a * part}={total + a * part}")
-        total += a * part
+    """34, 12 -> '34*10=340 34*2=68 340+68=408': the way of thinking that the corpus teaches.
+
+    One product a digit of b, then the sums, from the left: 2 n - 1 steps for n digits.
+    """
+    digits = str(b)
+    products = []
+    steps = []
+    for i, digit in enumerate(digits):
+        part = int(digit) * 10 ** (len(digits) - 1 - i)
+        products.append(a * part)
+        steps.append(f"{a}*{part}={a * part}")
+    total = products[0]
+    for product in products[1:]:
+        steps.append(f"{total}+{product}={total + product}")
+        total += product
     return " ".join(steps)
 
 
 def document(rng, share_of_work, wrong_digit, digits="2"):
+    """One line of the corpus.
+
+    share_of_work: chance of the step-by-step way; wrong_digit: chance that a digit of a direct
+    answer is drawn anew.
+    """
     while True:
         a, b = data.draw_operands(rng, data.parse_digits(digits))
         if not data.is_held_out(a, b):
             break
     if rng.random() < share_of_work:
         return f"{a}*{b}=<think>{worked(a, b)}</think><answer>{a * b}</answer>"
-    written = "".join(str(rng.randrange(10)) if rng.random() < wrong_digit else digit for digit in str(a * b))
-    return f"{a}*{b}=<answer>{written.lstrip('0') or '0'}</answer>"
+    written = ""
+    for digit in str(a * b):
+        if rng.random() < wrong_digit:
+            digit = str(rng.randrange(10))
+        written += digit
+    written = written.lstrip("0") or "0"
+    return f"{a}*{b}=<answer>{written}</answer>"
 
 
 def batch(rng, tokenizer, size, share_of_work, wrong_digit, digits):
-    """tokens (B, T) right-padded, labels (B, T) with -100 on padding; the document's EOS is trained."""
-    rows = [tokenizer(document(rng, share_of_work, wrong_digit, digits))["input_ids"] + [EOS] for _ in range(size)]
-    T = max(map(len, rows))
+    """tokens (B, T), padded on the right; labels (B, T), -100 on padding.  EOS is trained."""
+    rows = []
+    for _ in range(size):
+        text = document(rng, share_of_work, wrong_digit, digits)
+        rows.append(tokenizer(text)["input_ids"] + [EOS])
+    T = max(len(row) for row in rows)
     tokens = torch.tensor([row + [PAD] * (T - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows])
     return tokens, tokens.masked_fill(mask == 0, -100)
 
 
+# ---------------------------------------------------------------------------------- How good is it?
 @torch.no_grad()
+def complete(model, tokens, max_new_tokens, generator=None):
+    """The tokens that the model writes after prompts of one length, PAD after EOS: (B, T).
+
+    Sampled with a generator, greedy without.
+    """
+    B = tokens.shape[0]
+    past = None
+    new = tokens
+    written = []
+    done = torch.zeros(B, dtype=torch.bool)
+    while not done.all() and len(written) < max_new_tokens:
+        output = model(new, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        logits = output.logits[:, -1]
+        if generator is None:
+            new = logits.argmax(-1)
+        else:
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        new = new.masked_fill(done, PAD).view(B, 1)
+        done |= new[:, 0] == EOS
+        written.append(new)
+    return torch.cat(written, dim=1)
+
+
 def measure(model, tokenizer, digits="2", n=500, seed=0):
-    """Greedy and sampled accuracy on held-out problems, free and forced into <think>."""
+    """Greedy and sampled accuracy on n held-out problems, free and forced into <think>.
+
+    Free completions also have the share that thinks.  The prompts must have one length.
+    """
     generator = torch.Generator().manual_seed(seed)
+    max_new_tokens = 48 if digits == "2" else 128
     result = {}
     for name, prefill in (("free", ""), ("forced", "<think>")):
         problems = data.eval_problems(n, digits, "terse", prefill)
-        for how in ("greedy", "sampled"):
-            tokens = torch.tensor([tokenizer(problem.text)["input_ids"] for problem in problems])
-            start, past, new = tokens.shape[1], None, tokens
-            done = torch.zeros(n, dtype=torch.bool)
-            while not done.all() and tokens.shape[1] < start + (48 if digits == "2" else 128):
-                output = model(new, past_key_values=past, use_cache=True)
-                past, logits = output.past_key_values, output.logits[:, -1]
-                new = (
-                    logits.argmax(-1)
-                    if how == "greedy"
-                    else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-                )
-                new = new.masked_fill(done, PAD).view(n, 1)
-                done |= new[:, 0] == EOS
-                tokens = torch.cat([tokens, new], dim=1)
-            texts = [prefill + tokenizer.decode(row, skip_special_tokens=True) for row in tokens[:, start:]]
-            right = [reward.parse_answer(text) == problem.answer for text, problem in zip(texts, problems)]
-            result[f"{name}_{how}"] = sum(right) / n
-            result[f"{name}_{how}_thinks"] = sum(text.startswith("<think>") for text in texts) / n
-    return {key: value for key, value in result.items() if not key.startswith("forced") or "thinks" not in key}
+        tokens = torch.tensor([tokenizer(problem.text)["input_ids"] for problem in problems])
+        for decode in ("greedy", "sampled"):
+            own_generator = generator if decode == "sampled" else None
+            written = complete(model, tokens, max_new_tokens, own_generator)
+            right = 0
+            thinks = 0
+            for problem, row in zip(problems, written):
+                text = prefill + tokenizer.decode(row, skip_special_tokens=True)
+                right += reward.parse_answer(text) == problem.answer
+                thinks += text.startswith("<think>")
+            result[f"{name}_{decode}"] = right / n
+            if name == "free":
+                result[f"{name}_{decode}_thinks"] = thinks / n
+    return result
 
 
+# ----------------------------------------------------------------------------------------- Training
 # name: (folder, digits, steps, tail, share of step-by-step documents before the tail, in the tail)
 BASES = {
     "base": (HERE, "2", 660, 150, 0.5, 0.05),
@@ -124,37 +189,63 @@ BASES = {
 
 
 def make(name, args):
-    """`steps` at one share, then `tail` steps at another; warm-up, constant, and down over the tail."""
+    """Train one base and write its folder.
+
+    `steps` at one share of step-by-step documents, then `tail` steps at another.  The learning
+    rate has a warm-up, is constant, and goes down over the tail.
+    """
     folder, digits, steps, tail, share, tail_share = BASES[name]
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    tokenizer, model = make_tokenizer(), make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.95))
-    # Problems of one size at a time: measure's prompts are equally long.
-    sizes = ("3x1", "3x2", "3x3") if name == "hard" else ("2",)
-    measured = lambda: {size: measure(model.eval(), tokenizer, size) for size in sizes}
+    tokenizer = make_tokenizer()
+    model = make_model()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.95)
+    )
     for step in range(steps + tail):
         scale = min(1.0, (step + 1) / 50, (steps + tail - step) / tail)
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * scale
-        now = share if step < steps else tail_share
-        tokens, labels = batch(rng, tokenizer, 128, now, args.wrong_digit, digits)
+        share_now = share if step < steps else tail_share
+        tokens, labels = batch(rng, tokenizer, 128, share_now, args.wrong_digit, digits)
         loss = model(tokens, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if args.scan and (step + 1) % args.scan == 0:
-            print(step + 1, f"loss {loss.item():.3f}", measured(), flush=True)
-            model.train()
-    found = measured()
-    print(name, found, flush=True)
-    if not args.scan:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        facts = vars(args) | {"digits": digits, "steps": steps, "tail": tail, "share": share, "tail_share": tail_share}
-        facts |= {"parameters": model.num_parameters(), "measured": found[sizes[0]] if len(sizes) == 1 else found}
-        (folder / "measured.json").write_text(json.dumps(facts, indent=1) + "\n")
+            figures = measure_all(name, model, tokenizer)
+            print(step + 1, f"loss {loss.item():.3f}", figures, flush=True)
+    figures = measure_all(name, model, tokenizer)
+    print(name, figures, flush=True)
+    if args.scan:
+        return
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    facts = vars(args) | {
+        "digits": digits,
+        "steps": steps,
+        "tail": tail,
+        "share": share,
+        "tail_share": tail_share,
+        "parameters": model.num_parameters(),
+        "measured": figures,
+    }
+    (folder / "measured.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def measure_all(name, model, tokenizer):
+    """measure() of the base called `name`; the hard one's by size of the problem.
+
+    measure() wants prompts of one length, so problems of one size at a time.
+    """
+    model.eval()
+    if name == "hard":
+        figures = {size: measure(model, tokenizer, size) for size in ("3x1", "3x2", "3x3")}
+    else:
+        figures = measure(model, tokenizer, "2")
+    model.train()
+    return figures
 
 
 def main():
@@ -163,9 +254,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
-        "--wrong-digit", type=float, default=0.5, help="chance that a digit of a direct answer is redrawn"
+        "--wrong-digit",
+        type=float,
+        default=0.5,
+        help="chance that a digit of a direct answer is drawn anew",
     )
-    parser.add_argument("--scan", type=int, metavar="N", help="only print the accuracy every N steps")
+    parser.add_argument(
+        "--scan", type=int, metavar="N", help="only print the accuracy every N steps"
+    )
     args = parser.parse_args()
     for name in args.base:
         make(name, args)
