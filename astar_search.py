@@ -35,12 +35,13 @@ Departures from the literature:
   has to be saved.
 
 In this file, in reading order: node, tree, search, children, noise, leaf weights, sampling, the
-KV-cached language model, Rollouts, a demonstration.  The last section is an optimisation for large
-vocabularies; it may be skipped.
+KV-cached language model, the check of a model, Rollouts, a demonstration.  The last section is an
+optimisation for large vocabularies; it may be skipped.
 
     python astar_search.py     # searches that are small enough to be checked by hand
 """
 
+import contextlib
 import heapq
 import math
 from collections import Counter
@@ -134,6 +135,7 @@ class Tree:
         self.mass = 0.0  # sum of pi over the leaves
         self.pruned = False  # did the queue ever exceed max_open?
         self.until_met = False  # options.until was true for the last leaf
+        self.covering = None  # how many leaves it took until they held options.cover of pi
         self.stopped = None  # why the search ended; None while it goes on
 
     def stop_reason(self):
@@ -143,7 +145,8 @@ class Tree:
             return "done"
         if len(self.leaves) >= options.K and self.knows_next_leaf_key():
             return "leaves"
-        if self.mass >= options.cover:
+        # At tau = 1 one more leaf is drawn.  It stands for all that is not covered (weigh_leaves).
+        if self.covering and (options.tau < 1 or len(self.leaves) > self.covering):
             return "covered"
         if not self.queue:
             return "exhausted"
@@ -220,6 +223,8 @@ class Tree:
         """Add a popped leaf to the leaves."""
         self.leaves.append(leaf)
         self.mass += math.exp(leaf.g)
+        if self.covering is None and self.mass >= self.options.cover:
+            self.covering = len(self.leaves)
         if self.options.until is not None:
             self.until_met = self.options.until(leaf)
 
@@ -250,25 +255,37 @@ class Tree:
         return node
 
     def weigh_leaves(self):
-        """Set the importance weight pi/q of each accepted leaf (Kool et al. 2020, arXiv
-        2002.06043).
+        """Set the importance weight of each accepted leaf: the sum of weight * r estimates E_pi[r].
 
-        The sum of (pi/q) r over the leaves is an unbiased estimate of E_pi[r] if h is constant and
-        the search ended at K leaves.  It is approximate for a learned h, and for a search that
-        ended by covered mass, by `until` or by max_nodes.  At tau = 0 nothing is random, and a
-        pruned queue has forgotten kappa: there q does not exist, and the weights are pi.
+        The estimate is unbiased for a constant h, tau > 0 and a search that ended at K leaves, and
+        for one that ended by covered mass at tau = 1.  It is approximate for a learned h, and for
+        a search that ended by `until`, by max_nodes, or by covered mass at tau < 1.  At tau = 0
+        nothing is random, and a pruned queue has forgotten kappa: then there are no importance
+        weights, and each leaf is weighted by its share of the leaves' pi.
         """
-        if self.pruned or self.options.tau == 0:
-            # Only ratios of the weights matter.  They are scaled up where all would underflow to 0.
-            largest_g = max((leaf.g for leaf in self.leaves), default=0.0)
-            scale = min(0.0, largest_g + 60.0)
-            for leaf in self.leaves:
-                leaf.weight = math.exp(leaf.g - scale)
+        if not self.leaves:
             return
-        kappa = -self.queue[0][0] if self.queue else -math.inf  # the best key left on the queue
-        for leaf in self.leaves:
-            log_q = log_inclusion(leaf.g + leaf.h, kappa, self.options.tau)
-            leaf.weight = math.exp(leaf.g - log_q)
+        tau = self.options.tau
+        if self.pruned or tau == 0:
+            # exp(g) of all leaves may underflow to 0, so the largest g is subtracted.
+            largest_g = max(leaf.g for leaf in self.leaves)
+            total = sum(math.exp(leaf.g - largest_g) for leaf in self.leaves)
+            for leaf in self.leaves:
+                leaf.weight = math.exp(leaf.g - largest_g) / total
+        elif self.stopped == "covered" and tau == 1:
+            # Each leaf stands for itself, but the last, a draw from the rest of pi, for the whole
+            # rest.  Given the others that is unbiased, however they decided on the stop (the
+            # sum-and-sample estimator, Kool et al. 2020, arXiv 2002.06043, section 3.2).
+            for leaf in self.leaves:
+                leaf.weight = math.exp(leaf.g)
+            last = self.leaves[-1]
+            last.weight = max(0.0, 1.0 - (self.mass - math.exp(last.g)))
+        else:
+            # pi/q, q the probability that a leaf is among those found (the same paper, eq. 9).
+            kappa = -self.queue[0][0] if self.queue else -math.inf  # best key left on the queue
+            for leaf in self.leaves:
+                log_q = log_inclusion(leaf.g + leaf.h, kappa, tau)
+                leaf.weight = math.exp(leaf.g - log_q)
 
 
 # ------------------------------------------------------------------------------------------- Search
@@ -314,8 +331,15 @@ def evaluate_nodes(nodes, expand, options):
     V = log_probs.shape[1]
     possible = (table["f"] > -math.inf).sum(axis=1).tolist()
     for node, row, n in zip(nodes, table, possible):
-        node.children = row[:n]
         node.has_all_children = n < count or n == V
+        if node.children is None:
+            node.children = row[:n]
+            continue
+        # The node was asked before.  What is known stays, in its order, because some of it has been
+        # queued.  (Numbers that are computed twice can differ by rounding and swap near ties.)
+        known = {child["token"].item() for child in node.children}
+        new = [child for child in row[:n] if child["token"].item() not in known]
+        node.children = [*node.children, *new]
 
 
 # ----------------------------------------------------------------------------------------- Children
@@ -426,10 +450,16 @@ def mix64(key, a):
     return x ^ shift_right(x, 31)
 
 
-def root_keys(seed, iteration, indices):
-    """Keys of the roots, as a list.  indices: the *global* numbers of the problems."""
+def root_keys(seed, iteration, indices, stream=0):
+    """Keys of the roots, as a list.  indices: the *global* numbers of the problems.
+
+    stream: draws for another purpose, which must be independent of the rollouts (stream 0), take
+    another number.
+    """
     start = mix64(torch.tensor(0), torch.tensor(seed))
     start = mix64(start, torch.tensor(iteration))
+    if stream != 0:
+        start = mix64(start, torch.tensor(stream))
     return mix64(start, torch.tensor(list(indices), dtype=torch.int64)).tolist()
 
 
@@ -736,51 +766,188 @@ class Expander:
         return mask[:, None]
 
 
-# What a model that is not made for the search may raise (NotImplementedError is a RuntimeError).
-PROBE_FAILURES = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
+# ------------------------------------------------------------------- Can the search serve a model?
+#
+# Nothing here belongs to the algorithm.  It keeps models out for which log pi would silently be
+# wrong.
 
 
-def check_model(model):
-    """Raise ValueError, naming the model type, unless the search reproduces the model's own logits.
+def check_model(model, longest=None, training=False):
+    """Raise ValueError, naming the model type, unless the search reproduces the model's own log pi.
 
-    The model is in eval mode.  One probe catches all that could be wrong: a cache or mask of
-    another kind, attention windows, recurrent layers, a scaled or capped output layer.
+    longest: most tokens that a prompt and its completion have together in this run; None: as many
+        as the model's context has, at most 256.
+    training: True if the update will run the model in training mode.
+
+    The model is in eval mode.  Probes find all that could be wrong: a cache or mask of another
+    kind, recurrent layers, a scaled or capped output layer, attention that changes with length, and
+    randomness in training mode.
     """
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    refuse = f"the model type {kind} cannot serve the search"
+    refuse = f"the model type {model.config.model_type} cannot serve the search"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{refuse}: it is an encoder-decoder, not a causal language model")
-    layer_types = set(getattr(model.config, "layer_types", None) or ())
-    other = sorted(layer_types - {"full_attention"})
-    if other:
-        raise ValueError(f"{refuse}: it has layers of {', '.join(other)}, not full attention")
-    try:
-        error = probe_error(model)
-    except PROBE_FAILURES as failure:
-        lines = str(failure).splitlines() or ["no message"]
-        raise ValueError(f"{refuse}: {type(failure).__name__}: {lines[0]}") from None
-    full_precision = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    tolerance = 1e-3 if full_precision else 0.25
-    if not error < tolerance:  # so written that a NaN is refused too
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{refuse}: it has no output layer")
+    tokens = probe_tokens(model, 3)
+    alone = probe_failure(model, prompts=[tokens[:2]], K=1)
+    failure = alone or probe_failure(model, prompts=[tokens[:2], tokens[2:]], K=2)
+    if failure:
+        raise ValueError(f"{refuse}: {failure}")
+    if longest is None:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = min(context or 256, 256)
+    check_lengths(model, longest, refuse)
+    if training and not training_error(model, longest) < tolerance(model):
         raise ValueError(
-            f"{refuse}: its logits with the search's cache and mask differ from those of a plain "
-            "forward"
+            f"the model type {model.config.model_type} computes another log pi in training mode, "
+            "which --gradient-checkpointing on needs: leave it off"
         )
 
 
-@torch.no_grad()
-def probe_error(model):
-    """Largest difference of log pi between four sampled completions and a plain forward on them."""
+def check_lengths(model, longest, refuse):
+    """Raise ValueError if the model attends differently from some length below `longest` on.
+
+    Attention windows, chunks and rescaled positions begin at a length.  Nearly always it is a
+    number of the config, so there is a probe just past each of these.  The last probe is as long as
+    the run needs.
+    """
+    keys = config_numbers(model.config)
+    exact = 3  # so many tokens have passed
+    lengths = {number for number in keys if exact < number < longest}
+    lengths.add(max(exact, longest - 2))
+    for length in sorted(lengths):
+        failure = length_failure(model, length)
+        if failure is None:
+            exact = length
+            continue
+        while length - exact > 1:  # bisection: the shortest length that fails
+            middle = (exact + length) // 2
+            if length_failure(model, middle):
+                length = middle
+            else:
+                exact = middle
+        source = f" ({' or '.join(keys[length])} in its config)" if length in keys else ""
+        raise ValueError(
+            f"{refuse} beyond {length} tokens{source}, where {failure}: the longest prompt plus "
+            f"--max-new-tokens must stay within {length}, and is {longest}"
+        )
+
+
+def config_numbers(config):
+    """Every whole number in a model's config and in its parts: {number: [keys that hold it]}."""
+    keys = {}
+    entries = list(config.to_dict().items())
+    for key, entry in entries:  # the list grows while it is read
+        if isinstance(entry, dict):
+            entries.extend(entry.items())
+        elif isinstance(entry, (list, tuple)):
+            entries.extend((key, part) for part in entry)
+        elif isinstance(entry, (int, float)) and not isinstance(entry, bool) and entry % 1 == 0:
+            known = keys.setdefault(int(entry), [])
+            if key not in known:
+                known.append(key)
+    return keys
+
+
+def probe_tokens(model, count):
+    """`count` random token ids, always the same, as a list."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    ids = [(7 * i + 3) % vocabulary for i in range(6)]
-    prompts = [ids[:4], ids[4:]]  # of unequal length on purpose
-    expander = Expander(model, prompts, max_new_tokens=4)
-    trees = sample([1, 2], expander, Options(eos=(), K=2, max_new_tokens=4))
-    rollouts = collect(trees, expander)
-    logits = model(rollouts.tokens.to(model.device)).logits
-    plain = F.log_softmax(logits[:, :-1].float(), dim=-1).cpu()
-    wrong = plain.gather(2, rollouts.tokens[:, 1:, None])[..., 0] - rollouts.log_probs
-    return wrong[rollouts.mask].abs().max()
+    return (mix64(torch.tensor(0), torch.arange(count)) % vocabulary).tolist()
+
+
+def length_failure(model, length):
+    """probe_failure of a prompt one token below `length`, whose completion goes past it.
+
+    A short prompt beside it is padded: a model may place a window by the end of the padding.
+    """
+    tokens = probe_tokens(model, length - 1)
+    return probe_failure(model, prompts=[tokens, tokens[:2]], K=1)
+
+
+def probe_failure(model, prompts, K):
+    """What is wrong with a model on these prompts, as a clause; None if nothing is."""
+    try:
+        error = probe_error(model, prompts, K)
+    except Exception as failure:  # a model that is not made for the search may raise anything
+        text = str(failure).strip() or "no message"
+        first_line = text.splitlines()[0][:160]
+        return f"it fails on the search's cache and mask ({type(failure).__name__}: {first_line})"
+    if not error < tolerance(model):  # so written that a NaN is refused too
+        return "its log pi with the search's cache and mask is not that of a plain forward"
+    return None
+
+
+def tolerance(model):
+    """Largest difference of log pi that is rounding, in nats, under spread_logits."""
+    full_precision = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return 0.01 if full_precision else 1.0
+
+
+@torch.no_grad()
+def probe_error(model, prompts, K):
+    """Largest difference of log pi between the search and plain forwards, over all tokens.
+
+    K completions of each prompt are written, of three random tokens each.  The log pi of each next
+    token must be that of a plain forward of prompt and completion, alone.  And this forward must
+    agree with one of its first few tokens.
+    """
+    expander = Expander(model, prompts, max_new_tokens=3)
+    searched = {}  # node -> log pi of its children (V,)
+
+    def expand(nodes):
+        log_probs, h = expander(nodes)
+        searched.update(zip(nodes, log_probs))
+        return torch.zeros_like(log_probs), h  # all tokens are drawn alike, so completions differ
+
+    differences = []
+    with spread_logits(model):
+        trees = sample(range(len(prompts)), expand, Options(eos=(), K=K, max_new_tokens=3))
+        for leaf in [leaf for tree in trees for leaf in tree.leaves]:
+            tokens = torch.tensor(prompts[leaf.problem] + leaf.tokens()[:-1], device=model.device)
+            plain = model(tokens[None], use_cache=False).logits[0]  # (T, V)
+            start = model(tokens[None, :8], use_cache=False).logits[0]
+            by_search = torch.stack([searched[node.parent] for node in leaf.path_nodes()])  # (3, V)
+            differences.append(by_search - F.log_softmax(plain[-3:].float(), dim=-1))
+            differences.append((start - plain[:8]).float())
+    return torch.cat(differences).abs().max().item()
+
+
+@torch.no_grad()
+def training_error(model, longest):
+    """Largest difference of the logits between training mode and eval mode, in a plain forward.
+
+    512 tokens or so are run, because noise in a router may change only few of them.
+    """
+    T = min(longest, 64)
+    tokens = torch.tensor(probe_tokens(model, 8 * T), device=model.device).view(8, T)
+    with spread_logits(model):
+        expected = model(tokens, use_cache=False).logits
+        model.train()
+        trained = model(tokens, use_cache=False).logits
+        model.eval()
+    return (trained - expected).abs().max().item()
+
+
+@contextlib.contextmanager
+def spread_logits(model):
+    """Inside, the output layer multiplies its logits to a standard deviation of 20.
+
+    The logits of fresh weights are near 0.  There the difference that a cap, a window or a position
+    makes could not be told from rounding.
+    """
+    scale = None
+
+    def spread(module, inputs, logits):
+        nonlocal scale
+        if scale is None:  # one scale for all calls
+            scale = 20.0 / max(logits.float().std(dim=-1).mean().item(), 1e-6)
+        return logits * scale
+
+    hook = model.get_output_embeddings().register_forward_hook(spread)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ----------------------------------------------------------------------------------------- Rollouts
@@ -851,6 +1018,8 @@ def collect(trees, expander, pad=0):
     """Trees of `search` or `sample` -> Rollouts on the CPU, by problem, leaves in the order
     accepted.
 
+    pad: the token behind the end of shorter rows.  No mask depends on it, so None (the pad token of
+    a tokenizer that has none) stands for 0.
     There may be no leaf at all: a search can end within its bounds without one.
     """
     leaves = [leaf for tree in trees for leaf in tree.leaves]
@@ -868,7 +1037,7 @@ def collect(trees, expander, pad=0):
     T = max(lengths, default=expander.span)
     slots = pad_rows(slots, T - 1)
     return Rollouts(
-        tokens=pad_rows(tokens, T, pad=pad),
+        tokens=pad_rows(tokens, T, pad=0 if pad is None else pad),
         prompt_length=torch.tensor(prompt_lengths, dtype=torch.int64),
         length=torch.tensor(lengths, dtype=torch.int64),
         problem=torch.tensor([leaf.problem for leaf in leaves], dtype=torch.int64),

@@ -12,6 +12,7 @@ The problems may also come from a jsonl file: one {"prompt": ..., "answer": ...}
 """
 
 import argparse
+import codecs
 import collections
 import functools
 import hashlib
@@ -199,6 +200,8 @@ def read_problems(path, prefill=None, any_answer=False):
     # error of that line, which can be named.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            # Some editors write this mark in front of a file; files may have been joined.
+            line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
@@ -221,6 +224,8 @@ def read_problem(line, prefill, any_answer):
     except ValueError as error:
         # JSONDecodeError.msg is the reason without the place; other ValueErrors have no msg.
         raise ValueError(f"not JSON ({getattr(error, 'msg', error)})") from None
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError("expected an object with the keys prompt and answer")
     if "prompt" not in row:
@@ -231,6 +236,7 @@ def read_problem(line, prefill, any_answer):
     prompt = row["prompt"]
     if not isinstance(prompt, str) or not prompt:
         raise ValueError("prompt must be a text that is not empty")
+    check_text("prompt", prompt)
 
     answer = row.get("answer")
     if not any_answer:
@@ -244,8 +250,22 @@ def read_problem(line, prefill, any_answer):
         prefill = row.get("prefill", "")
     if not isinstance(prefill, str):
         raise ValueError("prefill must be a text")
+    check_text("prefill", prefill)
     level = str(row.get("difficulty", "all"))
+    check_text("difficulty", level)
     return Problem(prompt=prompt, answer=answer, difficulty=level, prefill=prefill)
+
+
+def check_text(key, text):
+    """Raise ValueError if a text cannot be written as UTF-8, as tokenizers and files need it.
+
+    JSON allows half of a character that is written as two halves, such as "\\ud83d".
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise ValueError(f"{key} holds {half!r}, which is half of a character") from None
 
 
 @functools.lru_cache(maxsize=2)
@@ -302,6 +322,7 @@ def main():
         "--file", help="a jsonl file with prompt and answer instead of made problems"
     )
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # what the terminal's encoding lacks
     try:
         if args.file:
             print(args.file, statistics(read_problems(args.file)))

@@ -6,21 +6,28 @@ Three ways to decode, all on the expander of astar_search.py:
     sample    independent completions: mean accuracy, pass@k and the majority vote
     astar     best-first search guided by the value head; the answer is the first leaf found
 
-The search of an evaluation never sees the reward: its figures can be had without the right answer.
+The search of an evaluation never sees the reward, because the reward knows the right answer.
 
 Two departures from common practice. The interval of the accuracy counts outcomes by an effective
-sample size, because completions of one problem resemble each other. Two models are compared problem
-by problem, because a paired test detects smaller differences than two separate intervals.
+sample size, because completions of one problem resemble each other. Two evaluations are compared
+problem by problem, because a paired test detects smaller differences than two separate intervals.
 
     python eval.py --json base.json                  # the tiny base, greedy; also writes base.jsonl
     python eval.py --model runs/local/checkpoint_iter_360 --decode astar --json out.json
     python eval.py --compare base.jsonl out.jsonl    # a paired test on the same problems
     python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --max-new-tokens 512
     torchrun --standalone --nproc_per_node=2 eval.py --problems 500    # two processes, same figures
+
+--json OUT.json writes the figures and the flags to OUT.json, and one row a problem with all of its
+completions to OUT.jsonl. Every figure but the seconds can be counted again from the rows.
+
+In this file, in reading order: statistics, figures of the rows, the value function, prompts and
+completions, evaluate(), result files, the paired comparison, worst completions, the command line.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import operator
@@ -39,6 +46,7 @@ import policy
 import reward as reward_module
 import value as value_module
 
+# The default model lies beside this file, so that the command works in any folder.
 TINY_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base")
 
 
@@ -82,7 +90,8 @@ def majority_vote(votes):
 
     votes: (answer, weight, is it right?) of each completion. A completion without an answer (None)
     does not vote. If several answers lead, the result is the chance that a fair draw among them
-    picks a right one.
+    picks a right one. To take the first leader instead would favour short completions: they end
+    first and so are listed first.
     """
     weight_of = {}
     is_right = {}
@@ -123,7 +132,12 @@ def judged_completions(row, decode):
 
 
 def problem_scores(row, decode):
-    """The figures of one problem, each a mean over its draws. No leaf found counts as wrong."""
+    """The figures of one problem, as a dict. A search that found no leaf counts as wrong.
+
+    accuracy, format, completion_length (tokens) and truncated are means over the draws. majority:
+    is the vote right? found: is any leaf right? pass@k: the chance that k draws hold a right one,
+    for k = 1, 2, 4, ... up to the number of draws.
+    """
     judged = judged_completions(row, decode)
     # A completion that was drawn twice is listed once, with a count of 2.
     draws = max(1, sum(c["count"] for c in judged))
@@ -149,13 +163,17 @@ def problem_scores(row, decode):
 
 
 def summarise(rows, draws):
-    """Every figure as the mean over problems of equal weight, and the interval of the accuracy."""
+    """Every figure as the mean over problems of equal weight, and the interval of the accuracy.
+
+    rows: with their scores; draws: independent completions a problem, for the interval.
+    """
     accuracies = [row["scores"]["accuracy"] for row in rows]
     figures = {
         "problems": len(rows),
         "accuracy": sum(accuracies) / len(rows),
         "accuracy_interval": interval(accuracies, draws),
     }
+    # All rows have the same scores. The accuracy is among them and keeps its place at the top.
     for name in rows[0]["scores"]:
         figures[name] = sum(row["scores"][name] for row in rows) / len(rows)
     figures["tokens_per_problem"] = sum(row["model_tokens"] for row in rows) / len(rows)
@@ -189,7 +207,11 @@ def format_figure(figure):
 
 
 def format_report(result):
-    """The figures as a table: of all problems, then by difficulty if there are several levels."""
+    """The figures as a table in text: one line a figure.
+
+    result: of evaluate or of paired_test. The columns are all problems, then each level of
+    difficulty if there are several.
+    """
     levels = list(result.get("accuracy_by_difficulty", ()))
     table = []
     if len(levels) > 1:
@@ -257,39 +279,204 @@ def load_value_function(folder, model, beta=None):
 
 
 # ------------------------------------------------------------------------- Prompts and completions
+# The tags that reward.py reads. Some tokenizers hold them as special tokens: they are text still.
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
 def encode_prompts(tokenizer, problems):
     """Prompt and prefill of each problem as token ids. Raises ValueError if there are none."""
-    prompts = []
+    return [encode_prompt(tokenizer, problem.text) for problem in problems]
+
+
+def encode_prompt(tokenizer, text):
+    """The token ids of a text that a model goes on from.
+
+    What the tokenizer adds in front, such as a BOS, stays; it is not doubled if the text itself
+    begins with it. What the tokenizer adds behind, such as an EOS, is dropped, because the model is
+    not to go on from a finished text. Raises ValueError if there are no tokens.
+    """
+    full = tokenizer(text, padding=False, truncation=False)["input_ids"]
+    plain = tokenizer(text, padding=False, truncation=False, add_special_tokens=False)["input_ids"]
+    if not plain:
+        raise ValueError(f"the tokenizer gives no tokens for the prompt {text!r}")
+
+    # full = front + plain + behind
+    start = 0
+    while full[start : start + len(plain)] != plain:
+        start += 1
+        if start + len(plain) > len(full):
+            raise ValueError(
+                "the tokenizer cannot be used, because with its special tokens it splits the "
+                f"prompt {text!r} differently"
+            )
+    front = full[:start]
+    for n in range(len(front), 0, -1):
+        if front[-n:] == plain[:n]:
+            front = front[:-n]
+            break
+    return front + plain
+
+
+def tokens_of(tokenizer, text):
+    """The token ids of a text, without what the tokenizer adds; [] if it cannot encode the text."""
+    try:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception:
+        # A tokenizer without an unknown token may leave out what it does not know, or raise.
+        return []
+
+
+def decode_all(tokenizer, ids):
+    """The text of token ids with everything in it: special tokens, and spaces as they are."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@functools.lru_cache(maxsize=2**18)
+def has_text(tokenizer, token, skip_special_tokens=False):
+    """Does a token add anything to the decoded text?
+
+    It does not if the tokenizer does not know its id: a model's embeddings are often padded to a
+    round number. skip_special_tokens=True: a special token does not count as text either.
+    """
+    # The token stands between others, because some decoders strip a space at the ends of a text.
+    around = tokens_of(tokenizer, "1")
+    ids_with_token = [*around, token, *around]
+    ids_without = [*around, *around]
+    try:
+        with_token = tokenizer.decode(
+            ids_with_token,
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+    except Exception:
+        # Most tokenizers skip an unknown id. One that is written in Python may raise anything.
+        return False
+    without = tokenizer.decode(
+        ids_without, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+    return with_token != without
+
+
+@functools.lru_cache(maxsize=1024)
+def is_control_token(tokenizer, token):
+    """Is a token a sign for the machine, such as <eos> or <|im_end|>, and not text for the reward?
+
+    It is if the tokenizer calls it special or gives it a role (eos, bos, pad, ...), or if it has no
+    text. The tags that the reward reads are never control tokens.
+    """
+    if not has_text(tokenizer, token):
+        return True
+    if decode_all(tokenizer, [token]).strip() in TAGS:
+        return False
+    if token in tokenizer.all_special_ids:
+        return True
+    return not has_text(tokenizer, token, skip_special_tokens=True)
+
+
+def text_after(tokenizer, before, ids):
+    """The text that the tokens `ids` add to that of the tokens `before`."""
+    before = list(before)
+    text_before = decode_all(tokenizer, before)
+    text = decode_all(tokenizer, before + ids)
+    # A byte can spoil a character in front of it: decoders with byte fallback (Llama) replace a
+    # whole run of bytes by U+FFFD if it is not UTF-8. Then the tokens before are dropped one by
+    # one until their text stays as it was. So nothing of `ids` is lost, and none of `before` is
+    # taken for the completion; at worst `ids` are decoded alone.
+    while not text.startswith(text_before):
+        before.pop()
+        text_before = decode_all(tokenizer, before)
+        text = decode_all(tokenizer, before + ids)
+    return text[len(text_before) :]
+
+
+def completion_text(tokenizer, prompt_ids, ids):
+    """Exactly what the tokens `ids` say after a prompt, special tokens included.
+
+    decode(prompt_ids + ids) = decode(prompt_ids) + completion_text(prompt_ids, ids).
+    They are decoded together, because many tokenizers drop the first space of what they decode:
+    a 4 in the prompt and the tokens ' 08' would be read as 408. Half a character at either end is
+    U+FFFD. An id without text becomes a mark such as <token 28>, or 4 and 08 on both sides of it
+    would be read as 408.
+    """
+    text = ""
+    before = list(prompt_ids)
+    for known, group in itertools.groupby(ids, key=functools.partial(has_text, tokenizer)):
+        group = list(group)
+        if known:
+            text += text_after(tokenizer, before, group)
+            before += group
+        else:
+            text += "".join(f"<token {token}>" for token in group)
+    return text
+
+
+def unknown_prompts(tokenizer, problems):
+    """One sentence if more than half of some prompts is unknown to the tokenizer, else "".
+
+    More than half of the tokens, or of the characters: the model then sees little of what it is
+    asked.
+    """
+    # The last token of a hieroglyph is the one for the unknown, which not every tokenizer names.
+    # None if the tokenizer spells such characters in bytes, or leaves them out.
+    hieroglyph = "\U00013000"
+    ids = tokens_of(tokenizer, hieroglyph)
+    unknown = None
+    if ids and hieroglyph not in decode_all(tokenizer, ids):
+        unknown = ids[-1]
+
+    texts = []
+    lost = set()
     for problem in problems:
-        ids = tokenizer(problem.text)["input_ids"]
-        if not ids:
-            raise ValueError(f"the tokenizer gives no tokens for the prompt {problem.text!r}")
-        prompts.append(ids)
-    return prompts
+        ids = tokens_of(tokenizer, problem.text)
+        known = decode_all(tokenizer, [token for token in ids if token != unknown])
+        text = "".join(problem.text.split())  # without white space, which some tokenizers drop
+        known = "".join(known.split())
+        if 2 * ids.count(unknown) > len(ids) or 2 * len(known) < len(text):
+            texts.append(problem.text)
+            lost |= set(text) - set(known)
+    if not texts:
+        return ""
+    # A character may be known in one place and not in another, where words are tokens.
+    names = ", ".join(repr(character) for character in sorted(lost or set(texts[0]))[:8])
+    return (
+        f"{len(texts)} of {len(problems)} prompts become mostly unknown tokens, such as "
+        f"{reward_module.shorten(texts[0])}: the tokenizer does not know {names}"
+    )
 
 
-def judge_completion(problem, ids, truncated, tokenizer, reward, max_new_tokens):
+def judge_completion(problem, prompt_ids, ids, truncated, tokenizer, reward, max_new_tokens):
     """(text, verdict) of one completion.
 
-    ids: its tokens; the last one is the end of sequence unless the completion was truncated.
+    prompt_ids: the tokens of the prompt with its prefill; ids: those of the completion. Unless it
+    was truncated the last one is an end token. If that is a control token the reward does not read
+    it; an end token with a text of its own, such as </answer>, it reads.
     text: what the reward reads. It includes the prefill, because the prompt may have opened the
     <think> that the completion closes. verdict: the dict of parts that Reward returns.
     """
-    written = ids if truncated else ids[:-1]
-    text = problem.prefill + tokenizer.decode(written, skip_special_tokens=True)
+    written = ids
+    if not truncated and is_control_token(tokenizer, ids[-1]):
+        written = ids[:-1]
+    text = problem.prefill + completion_text(tokenizer, prompt_ids, written)
     return text, reward.judge(problem, text, len(ids) / max_new_tokens, truncated)
 
 
 def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens):
-    """([text], [verdict]) of all B rollouts."""
+    """([text], [verdict]) of all B rollouts, each as in judge_completion.
+
+    problems: the N problems that rollouts.problem counts through.
+    """
     texts = []
     verdicts = []
+    tokens = rollouts.tokens.tolist()
+    prompt_lengths = rollouts.prompt_length.tolist()
+    lengths = rollouts.length.tolist()
     truncated = rollouts.truncated.tolist()
-    for index, ids, cut in zip(rollouts.problem.tolist(), rollouts.completions(), truncated):
+    for row, index in enumerate(rollouts.problem.tolist()):
         text, verdict = judge_completion(
             problem=problems[index],
-            ids=ids,
-            truncated=cut,
+            prompt_ids=tokens[row][: prompt_lengths[row]],
+            ids=tokens[row][prompt_lengths[row] : lengths[row]],
+            truncated=truncated[row],
             tokenizer=tokenizer,
             reward=reward,
             max_new_tokens=max_new_tokens,
@@ -299,9 +486,10 @@ def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens):
     return texts, verdicts
 
 
-def right_leaf_test(tokenizer, problems, reward, max_new_tokens):
+def right_leaf_test(tokenizer, problems, prompts, reward, max_new_tokens):
     """A function leaf -> is its completion right?
 
+    prompts: the token ids of the problems, as the expander has them.
     It is meant for Options.until of a search in training. It knows the answer, so evaluation never
     uses it.
     """
@@ -309,6 +497,7 @@ def right_leaf_test(tokenizer, problems, reward, max_new_tokens):
     def is_right(leaf):
         _, verdict = judge_completion(
             problem=problems[leaf.problem],
+            prompt_ids=prompts[leaf.problem],
             ids=leaf.tokens(),
             truncated=leaf.truncated,
             tokenizer=tokenizer,
@@ -321,12 +510,17 @@ def right_leaf_test(tokenizer, problems, reward, max_new_tokens):
 
 
 # -------------------------------------------------------------------------------------- Evaluation
-def decode_chunk(model, prompts, keys, options, decode, value_function):
+def decode_chunk(model, prompts, indices, options, *, decode, value_function, seed):
     """Decode N prompts in lock-step. Returns N trees, and the model tokens spent on each.
 
-    prompts: N lists of token ids; keys: N root keys of the noise.
+    indices: the global numbers of their problems. Iteration -1 keeps the noise apart from that of
+    training. The noise depends on the global number, so it depends neither on the chunk nor on the
+    rank.
     """
-    expander = astar_search.Expander(model, prompts, options.max_new_tokens, value_function)
+    keys = astar_search.root_keys(seed, -1, indices)
+    expander = astar_search.Expander(
+        model, prompts, max_new_tokens=options.max_new_tokens, value_function=value_function
+    )
     if decode == "astar":
         # h comes from the head alone and options.until is not set: nothing here knows the answer.
         trees = astar_search.search(keys, expander, options)
@@ -335,12 +529,18 @@ def decode_chunk(model, prompts, keys, options, decode, value_function):
     return trees, expander.spent
 
 
-def problem_row(index, problem, tree, model_tokens, tokenizer, reward, max_new_tokens):
-    """What the jsonl file holds of one problem and its completions, all but the scores."""
+def problem_row(index, problem, prompt_ids, tree, model_tokens, tokenizer, reward, max_new_tokens):
+    """What the jsonl file holds of one problem and its completions, all but the scores.
+
+    Completions come in the order in which they were accepted. count: draws that gave this one;
+    weight: count/n of a sample, pi/q of a search; f: the search key, log pi of a sample; tokens:
+    length with the end of sequence. The verdict adds reward, correct, formatted and answer.
+    """
     completions = []
     for leaf in tree.leaves:
         text, verdict = judge_completion(
             problem=problem,
+            prompt_ids=prompt_ids,
             ids=leaf.tokens(),
             truncated=leaf.truncated,
             tokenizer=tokenizer,
@@ -409,20 +609,35 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         max_nodes=max_nodes,
     )
+    # This rank's share of the problems, chunk by chunk.
     rows = []
     own = list(fsdp.rank_slice(len(problems), ranks))
     for first in range(0, len(own), batch):
         indices = own[first : first + batch]
-        chunk = [problems[index] for index in indices]
-        prompts = encode_prompts(tokenizer, chunk)
-        # Iteration -1 keeps the noise apart from that of training. The keys depend on a problem's
-        # global index, so the completions depend neither on the batch nor on the rank.
-        keys = astar_search.root_keys(seed, -1, indices)
-        trees, spent = decode_chunk(model, prompts, keys, options, decode, value_function)
-        for index, problem, tree, tokens in zip(indices, chunk, trees, spent):
-            row = problem_row(index, problem, tree, tokens, tokenizer, reward, max_new_tokens)
+        prompts = encode_prompts(tokenizer, [problems[index] for index in indices])
+        trees, spent = decode_chunk(
+            model=model,
+            prompts=prompts,
+            indices=indices,
+            options=options,
+            decode=decode,
+            value_function=value_function,
+            seed=seed,
+        )
+        for i, index in enumerate(indices):
+            row = problem_row(
+                index=index,
+                problem=problems[index],
+                prompt_ids=prompts[i],
+                tree=trees[i],
+                model_tokens=spent[i],
+                tokenizer=tokenizer,
+                reward=reward,
+                max_new_tokens=max_new_tokens,
+            )
             row["scores"] = problem_scores(row, decode)
             rows.append(row)
+    # All rows on every rank, in the order of the problems.
     rows = [row for rows_of_rank in fsdp.all_gather(rows, ranks) for row in rows_of_rank]
     rows.sort(key=operator.itemgetter("index"))
 
@@ -435,7 +650,11 @@ def evaluate(
 
 # ------------------------------------------------------------------------------------ Result files
 def check_output(path, overwrite):
-    """Raise ValueError unless the files of --json can be written. path: None for no files."""
+    """Raise ValueError unless the two files of --json can be written.
+
+    path: the name that --json gives, or None if there is to be no file. overwrite: files of these
+    names may exist.
+    """
     if path is None:
         return
     refuse = f"--json {path}:"
@@ -471,9 +690,11 @@ def save_results(path, result, rows):
 def read_rows(path):
     """The rows of a jsonl file that --json wrote.
 
-    Raises ValueError that names the line, and OSError if the file cannot be read.
+    Only what a comparison reads is checked: prompt, truth, and an accuracy in [0, 1]. Raises
+    ValueError that names the line, and OSError if the file cannot be read.
     """
     rows = []
+    # In bytes: then a line that is not UTF-8 raises in json.loads, where its number is known.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -512,6 +733,8 @@ def paired_test(rows_A, rows_B, repeats=10_000):
     accuracy_A = torch.tensor([row["scores"]["accuracy"] for row in rows_A], dtype=torch.float64)
     accuracy_B = torch.tensor([row["scores"]["accuracy"] for row in rows_B], dtype=torch.float64)
     gain = accuracy_B - accuracy_A  # (problems,)
+    # Bootstrap: the mean gain of as many problems, drawn with replacement, `repeats` times. One
+    # draw takes both models' accuracy on a problem, hence the pairing.
     generator = torch.Generator().manual_seed(0)
     means = []
     for _ in range(repeats):
@@ -533,8 +756,9 @@ def paired_test(rows_A, rows_B, repeats=10_000):
 
 
 def compare_files(path_A, path_B):
-    """The paired test of two jsonl files, as text."""
+    """The paired test of two jsonl files, as text. Raises what read_rows and paired_test raise."""
     result = paired_test(read_rows(path_A), read_rows(path_B))
+    # Two significant digits, because three decimals would show a small p as 0.
     result["p_value"] = f"{result['p_value']:.2g}"
     return format_report(result)
 
@@ -584,6 +808,13 @@ def print_worst(rows, decode, each):
 
 
 # ------------------------------------------------------------------------------------ Command line
+def make_output_printable():
+    """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not every replacement of a stream has it
+            stream.reconfigure(errors="backslashreplace")
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
@@ -659,7 +890,9 @@ def load_problems(arguments):
     n = arguments.n
     path = arguments.eval_file
     if not path:
-        return data.eval_problems(n or 500, arguments.digits, arguments.prompt, arguments.prefill)
+        return data.eval_problems(
+            n or 500, digits=arguments.digits, style=arguments.prompt, prefill=arguments.prefill
+        )
     # The built-in reward needs whole numbers; a reward of the user's own may read any answer.
     problems = data.read_problems(path, arguments.prefill, any_answer=bool(arguments.reward))
     if n and len(problems) < n:
@@ -674,9 +907,13 @@ def load_model(arguments, problems, ranks):
     and its completion do not fit into its context.
     """
     model, tokenizer = policy.load_policy(arguments.model, device=ranks.device)
-    astar_search.check_model(model)
-    longest_prompt = max(len(ids) for ids in encode_prompts(tokenizer, problems))
+    prompts = encode_prompts(tokenizer, problems)
+    warning = unknown_prompts(tokenizer, problems)
+    if warning and ranks.is_main:
+        print(f"eval.py: {warning}", file=sys.stderr)
+    longest_prompt = max(len(ids) for ids in prompts)
     policy.check_context(model, longest_prompt, arguments.max_new_tokens)
+    astar_search.check_model(model, longest=longest_prompt + arguments.max_new_tokens)
     guide = load_value_function(arguments.model, model)
     if arguments.decode == "astar" and guide is None:
         warning = "no value head beside this model, so the search is guided by log pi alone"
@@ -685,10 +922,11 @@ def load_model(arguments, problems, ranks):
 
 
 def print_results(result, rows, arguments):
-    """Print the table and the worst completions, and assert that the accuracy is a count."""
+    """Print the table and the worst completions, and assert what the file is for."""
     print(f"{arguments.model}, {arguments.decode}")
     print(format_report(result))
     print_worst(rows, arguments.decode, arguments.show)
+    # The accuracy is a plain count over the rows: right draws / all draws.
     correct = 0
     drawn = 0
     for row in rows:
@@ -699,7 +937,10 @@ def print_results(result, rows, arguments):
 
 
 def run(argv):
-    """Read the flags, then evaluate or compare. A bad flag or file: one sentence, status 2."""
+    """Read the flags, then evaluate or compare.
+
+    A flag or file that cannot be used ends the process with one sentence and exit status 2.
+    """
     parser = make_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -736,18 +977,21 @@ def run(argv):
     )
     status = 0
     if ranks.is_main:
+        # Saved first: whatever goes wrong with the printing, hours of decoding are not lost.
+        saved = {**result, "flags": vars(arguments)}
+        status = save_results(arguments.json, saved, rows)
         print_results(result, rows, arguments)
-        result["flags"] = vars(arguments)
-        status = save_results(arguments.json, result, rows)
     fsdp.shutdown(ranks, status)
 
 
 def main(argv=None):
     """The command. Ctrl-C and a failing reward end it with one sentence and no traceback."""
+    make_output_printable()
     try:
         run(argv)
-    except KeyboardInterrupt:
-        print("eval.py: stopped by Ctrl-C", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        what = f": {interrupt}" if str(interrupt) else ""  # what a reward was doing
+        print(f"eval.py: stopped by Ctrl-C{what}", file=sys.stderr)
         sys.exit(130)
     except reward_module.RewardError as error:
         sys.exit(f"eval.py: {error}")

@@ -465,8 +465,20 @@ def prune_checkpoints(folder, iteration, keep):
             os.rename(path, os.path.join(folder, "." + os.path.basename(path)))
     # This finds those, and also what a killed run was just writing or removing.
     for name in os.listdir(folder):
-        if name.startswith(".checkpoint_iter_"):
+        if name.startswith(".checkpoint_") or name == "checkpoint_trial":
             shutil.rmtree(os.path.join(folder, name))
+
+
+def files_below(folder):
+    """Return the paths of all files below a folder, relative to it, sorted.
+
+    A tokenizer with several chat templates, for example, writes a folder of them.
+    """
+    names = []
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            names.append(os.path.relpath(os.path.join(parent, file), folder))
+    return sorted(names)
 
 
 def finish_checkpoint(aside, final, state):
@@ -475,15 +487,14 @@ def finish_checkpoint(aside, final, state):
     trainer_state.json is written into it: `state`, with size and checksum of every other file.  All
     is synced to the disk before the folder is renamed, so whoever sees the name sees all of it.
     """
-    paths = {}
-    for name in sorted(os.listdir(aside)):
-        paths[name] = os.path.join(aside, name)
-    files = {name: fingerprint(path) for name, path in paths.items()}
+    names = files_below(aside)
+    files = {name: fingerprint(os.path.join(aside, name)) for name in names}
     text = json.dumps({**state, "files": files}, indent=1)
     write_file(os.path.join(aside, "trainer_state.json"), text)
-    for path in paths.values():
-        sync_to_disk(path)
-    sync_to_disk(aside)
+    for name in names:
+        sync_to_disk(os.path.join(aside, name))
+    for folder, _, _ in os.walk(aside):
+        sync_to_disk(folder)
     os.rename(aside, final)
     sync_to_disk(os.path.dirname(final) or ".")
 
@@ -562,6 +573,31 @@ def save_checkpoint(folder, model, tokenizer, head, optimizer, state, ranks):
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{folder} cannot be written ({error})") from None
     return folder
+
+
+def try_checkpoint(folder, model, tokenizer, head, optimizer, state, ranks):
+    """Write a checkpoint below `folder`, check it, remove it.  A collective.
+
+    So a run learns at its start, and not after an hour, that its checkpoints cannot be written or
+    read: a tokenizer that cannot be saved, a full disk.  Raises ValueError with one sentence.
+    """
+    trial = os.path.join(folder, "checkpoint_trial")
+    failure = ""
+    if ranks.is_main:  # what a killed trial has left
+        for name in ("checkpoint_trial", ".checkpoint_trial"):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    try:
+        save_checkpoint(trial, model, tokenizer, head, optimizer, state, ranks)
+        if ranks.is_main:
+            read_trainer_state(trial)
+    except Exception as error:  # save_pretrained of any model or tokenizer
+        lines = str(error).splitlines() or ["no message"]
+        failure = f"{type(error).__name__}: {lines[0]}"
+    if ranks.is_main:
+        shutil.rmtree(trial, ignore_errors=True)
+    failure = all_gather(failure, ranks)[0]
+    if failure:
+        raise ValueError(f"--output-dir {folder}: a checkpoint cannot be written there ({failure})")
 
 
 def load_optimizer(folder, model, head, optimizer):

@@ -61,8 +61,10 @@ def read_config(name):
     Remote code is never run.  Raises ValueError with one sentence that says what is missing.
     """
     transformers_logging.disable_progress_bar()
-    # huggingface_hub logs each retry.  The user gets the one sentence below instead.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # huggingface_hub logs each retry, and transformers a table of weights that do not fit.  The
+    # user gets one sentence instead, here or from check_weights.
+    for library in ("huggingface_hub", "transformers.modeling_utils", "transformers.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
     if os.path.isfile(name):
         raise ValueError(f"--model {name}: this is a file; give the model's folder or a hub id")
@@ -113,9 +115,16 @@ def load_policy(
     """
     config = read_config(name)
     with one_sentence(f"--model {name}: not a causal language model with safetensors weights"):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # check_weights says it in one sentence
+            output_loading_info=True,
         )
+    check_weights(name, model, loading)
     tokenizer = load_tokenizer(name)
 
     if not stop_tokens(model, tokenizer):
@@ -141,6 +150,28 @@ def load_policy(
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return model, tokenizer
+
+
+def check_weights(name, model, loading):
+    """Raise ValueError unless the weights of a checkpoint are exactly those of the model.
+
+    loading: the loading info of from_pretrained; what transformers ignores is not in it.  Weights
+    that a checkpoint lacks would be random, except those that are tied to others.
+    """
+    missing = set(loading["missing_keys"]) - set(model.all_tied_weights_keys)
+    mismatched = {key for key, *_ in loading["mismatched_keys"]}
+    faults = (
+        ("lack", missing, ""),
+        ("hold", loading["unexpected_keys"], ", for which the model has no place"),
+        ("hold", mismatched, ", of another shape than the model's"),
+    )
+    clauses = []
+    for verb, keys, why in faults:
+        if keys:
+            others = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+            clauses.append(f"{verb} {min(keys)}{others}{why}")
+    if clauses:
+        raise ValueError(f"--model {name}: its weights {', and '.join(clauses)}")
 
 
 def freeze(model, blocks):
@@ -331,25 +362,27 @@ def grpo_advantages(rewards, weight, problem):
     return advantages.to(rewards.dtype)
 
 
-def em_advantages(targets, weight, problem):
+def em_advantages(targets, weight, problem, correct):
     """The M-step of EM policy search: maximise E_{pi*}[log pi_theta] over the leaves found.
 
-    targets (B,): value.soft_target(r).  They are proportional to exp(r/beta) as long as
-    exp(r_lo/beta) is small beside it.
+    targets (B,): t(r) = value.soft_target(r), exp(r/beta) shifted and scaled to [0, 1].
     weight (B,): leaf weights that sum to one within each problem.  problem (B,): int64.
-    Returns advantages (B,).
+    correct (B,): bool.  Returns advantages (B,).
 
-    weight * A is the posterior pi*(leaf | the leaves found), times the best target of the problem.
-    Two consequences:
+    Times weight, A is the leaf's share of its problem's targets, times the best of them.  Two
+    consequences:
     - A right completion counts alike however unlikely it is under pi.  The gradient is that of
-      log E_pi[exp(r/beta)], while that of E_pi[r] would be as small as pi.
-    - A problem with only wrong leaves has almost no gradient, because its best target is almost 0.
+      log E_pi[t(r)], while that of E_pi[r] would be as small as pi.
+    - A problem without a right leaf teaches nothing: its A is 0.  Otherwise the least bad of its
+      wrong leaves would be imitated, and Adam would make a full step of however small a gradient.
     """
-    # Z = exp(V*(x)/beta) = sum_i w_i exp(r_i/beta)
+    # Z = sum_i w_i t(r_i)
     Z = torch.bincount(problem, weight * targets)  # (N,)
     best = targets.new_zeros(len(Z)).scatter_reduce(0, problem, targets, "amax")  # (N,)
-    # A = exp((r - V*(x))/beta), times the best target; the clamp makes 0/0 a 0
-    return best[problem] * targets / Z[problem].clamp(min=torch.finfo(targets.dtype).tiny)
+    solved = torch.bincount(problem, correct.to(weight.dtype)) > 0  # (N,)
+    # A = t(r)/Z, times the best target; the clamp makes 0/0 a 0
+    advantages = best[problem] * targets / Z[problem].clamp(min=torch.finfo(targets.dtype).tiny)
+    return torch.where(solved[problem], advantages, 0.0)
 
 
 def optimal_value(rewards, beta1):

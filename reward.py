@@ -15,11 +15,14 @@ Another task brings a reward function of its own: --reward FILE.py:FUNCTION, see
     python reward.py        # completions and what they earn, then a reward of one's own
 """
 
+import ast
+import importlib.util
 import math
 import numbers
 import os
+import pathlib
 import re
-import runpy
+import sys
 import tempfile
 import types
 from dataclasses import dataclass
@@ -129,6 +132,10 @@ class Reward:
 # ---------------------------------------------------------------------------- A reward of one's own
 
 
+class RewardInterrupted(KeyboardInterrupt):
+    """Ctrl-C while a function of the user's own was running; the message is one sentence."""
+
+
 class RewardError(ValueError):
     """A user's reward function failed on a completion; the message is one sentence."""
 
@@ -166,12 +173,18 @@ class OwnReward:
             if verdict is not None:
                 return verdict
             failure = f"returned {shorten(returned)}, not a number from {r_lo:g} to {r_hi:g}"
-        except Exception as error:  # a user's function may raise anything
+        except KeyboardInterrupt:
+            # The user stops a function that takes too long; this says on what.
+            raise RewardInterrupted(self.complaint("was running", problem, completion)) from None
+        except BaseException as error:  # a user's function may raise anything, SystemExit too
             failure = f"raised {type(error).__name__} ({error})"
-        failure = " ".join(failure.split())  # on one line
-        raise RewardError(
-            f"--reward {self.name} {failure} for the prompt {shorten(problem.prompt)} "
-            f"and the completion {shorten(completion)}"
+        raise RewardError(self.complaint(failure, problem, completion))
+
+    def complaint(self, failure, problem, completion):
+        """One line that says what went wrong on which completion."""
+        return (
+            f"--reward {self.name} {' '.join(failure.split())} for the prompt "
+            f"{shorten(problem.prompt)} and the completion {shorten(completion)}"
         )
 
     def read_returned(self, returned, completion):
@@ -203,6 +216,60 @@ def shorten(thing):
     return f"{text[:200]} ... {text[-200:]}"
 
 
+def import_file(path):
+    """Run a Python file as a module of its own.  Returns the module.
+
+    The files beside it can be imported, while it runs and also later by its functions.  The module
+    stays registered, because a process pool finds a function by the name of its module.
+    """
+    folder, file = os.path.split(os.path.abspath(path))
+    module_name = os.path.splitext(file)[0]
+    taken = not module_name.isidentifier() or module_name in sys.modules
+    if taken or importlib.util.find_spec(module_name) is not None:
+        module_name = "own_reward_" + module_name  # a file called reward.py, for example
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        # From here on the folder comes last, so that its files replace no other module.
+        sys.path.remove(folder)
+        sys.path.append(folder)
+    return module
+
+
+def source_files(path):
+    """Paths of a Python file and of the files beside it that it imports, directly or not.
+
+    The file itself comes first.  Of a package beside it, all files belong to it.
+    """
+    path = pathlib.Path(path).absolute()
+    files = [path]
+    for file in files:  # the list grows in the loop
+        for name in imported_names(file):
+            found = [*path.parent.glob(f"{name}.py"), *path.parent.glob(f"{name}/**/*.py")]
+            files += [each for each in sorted(found) if each not in files]
+    return files
+
+
+def imported_names(path):
+    """The modules that a Python file imports, without what comes after a dot; sorted."""
+    names = set()
+    with open(path, "rb") as file:
+        try:
+            tree = ast.parse(file.read())
+        except SyntaxError:  # it cannot have been imported either
+            return []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return sorted(names)
+
+
 def load_own_reward(name):
     """The OwnReward that `name` = FILE.py:FUNCTION stands for.
 
@@ -215,10 +282,11 @@ def load_own_reward(name):
             f"--reward {name}: expected FILE.py:FUNCTION, and there is no file {file!r}"
         )
     try:
-        global_names = runpy.run_path(file)  # runs the file
-        function = global_names[function_name]
+        function = getattr(import_file(file), function_name)
         r_lo, r_hi = [float(bound) for bound in function.bounds]
-    except Exception as error:  # a user's file may raise anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's file may raise anything, SystemExit too
         failure = " ".join(f"{type(error).__name__} ({error})".split())  # on one line
         raise ValueError(
             f"--reward {name}: {failure}; it takes a function with .bounds = (lowest, highest)"

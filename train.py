@@ -11,8 +11,9 @@
     python train.py --resume auto                     # go on after a stop
     python train.py --eval-only --checkpoint runs/local/checkpoint_iter_360
 
-The loop is `main()`, at the end of this file, one phase after the other.  Above it, in this order:
-the flags, the folder of a run, the set-up, what the phases consist of, the log, the ways to stop.
+After the flags comes the loop, `main()`, one phase after the other.  Below it is what it calls: the
+phases, the log, saving and stopping.  Then what comes before it in time: the set-up, the folder of
+a run, the command line.
 """
 
 import argparse
@@ -198,7 +199,7 @@ PPO = GUMBEL_LEAVES | {
     "checkpoint_every": 10,
 }
 PRESETS = {
-    # The defaults: plain A*, guided by the head, until a leaf is right; leaves weighted towards pi*.
+    # The defaults: plain A*, guided by the head, until a leaf is right, under em.
     "local": {},
     "quick": {"output_dir": "runs/quick", "iterations": 24, "eval_every": 6},
     "ppo": PPO | {"output_dir": "runs/ppo"},
@@ -231,6 +232,1387 @@ COMPANIONS = {
     ("loss", "grpo"): GUMBEL_LEAVES,
     ("loss", "apo"): GUMBEL_LEAVES,
 }
+
+# ----------------------------------------------------------------------------------------- The loop
+
+
+def main(argv=None):
+    evaluation.make_output_printable()
+    config, arguments, parser = parse_arguments(argv)
+    try:
+        run = set_up(config, arguments)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if arguments.eval_only:
+        run.say(evaluation.format_report(evaluate(run)))
+        return fsdp.shutdown(run.ranks)
+
+    print_start(run, arguments.companions)
+    ranks, reward = run.ranks, run.reward
+    policy_parameters = [p for p in run.model.parameters() if p.requires_grad]
+    head_parameters = list(run.head.parameters())
+    # Nodes of a search wake Python's collector often.  It need not look at what is here already.
+    gc.freeze()
+    stop_signal = None
+    with explain_failures(run), StopSignals(ranks) as signals:
+        if not run.source:
+            row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
+            log_row(run, row)
+            run.say(
+                f"before: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, "
+                f"format {row['eval_format']:.3f}"
+            )
+
+        for iteration in range(run.iteration + 1, config.iterations + 1):
+            stop_signal = signals.first()
+            if stop_signal is not None:
+                break
+
+            # ------------------------------------------------ 1. Rollouts: A* search, or sampling
+            run.clock.enter("rollouts")
+            problems, indices = draw_problems(config, iteration, ranks, run.file_problems)
+            # Whole weights on every rank: each search runs as many forwards as it needs.
+            with fsdp.full_weights(run.model, run.head):
+                rollouts = generate_rollouts(
+                    run.model,
+                    run.tokenizer,
+                    problems,
+                    indices,
+                    config,
+                    reward,
+                    iteration=iteration,
+                    value_function=run.value_function,
+                    kind=config.rollout,
+                    K=config.rollouts_per_problem,
+                )
+
+            # ------------------------------------------------------------------------ 2. Rewards
+            texts, verdicts = evaluation.judge_rollouts(
+                rollouts, run.tokenizer, problems, reward, config.max_new_tokens
+            )
+            rewards = torch.tensor([verdict["reward"] for verdict in verdicts])  # (B,)
+            correct = torch.tensor([verdict["correct"] for verdict in verdicts], dtype=torch.bool)
+
+            # -------------------------------------------------- 3. Leaf weights and advantages
+            mask = rollouts.mask  # (B, T-1)
+            leaf_weight = leaf_weights(rollouts, config)  # (B,)
+            soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)  # (B,)
+            if config.loss == "em":
+                advantage = policy.em_advantages(
+                    soft_targets, leaf_weight, rollouts.problem, correct
+                )
+                advantages = advantage[:, None] * mask
+            elif config.loss == "grpo":
+                advantage = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)
+                advantages = advantage[:, None] * mask
+            else:
+                advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
+            rollouts.extra = {
+                "rewards": rewards,
+                "soft_targets": soft_targets,
+                "leaf_weight": leaf_weight,
+                "advantages": advantages,
+            }
+            summary = summarise(rollouts, texts, verdicts, problems, config, ranks)
+            if summary["leaves"] == 0:
+                raise NoLeafError(
+                    f"iteration {iteration}: no search found a completion "
+                    f"within --max-nodes {config.max_nodes}"
+                )
+            model_tokens = summary.pop("model_tokens")
+            if config.loss == "apo":
+                model_tokens += add_apo_columns(run, rollouts, problems, indices, iteration)
+            run.clock.enter("update")
+            if config.mixed_precision == "bf16":
+                # bfloat16 rounds the search's log pi otherwise than the update's.  pi_old must be
+                # the update's, or the ratio would not be 1 before the first step.
+                with fsdp.full_weights(run.model):
+                    rollouts.log_probs = score_rollouts(
+                        run.model, rollouts, indices, config, iteration, ranks.device
+                    )
+
+            # --------------------------------------------------------------------- 4. The update
+            set_learning_rates(run.optimizer, config, iteration)
+            # Eval mode, as in the rollouts: some models are random in training mode.  transformers
+            # recomputes activations in training mode only; check_model has compared the two.
+            run.model.train(config.gradient_checkpointing == "on")
+            steps = []  # metrics of each optimiser step
+            for epoch in range(config.epochs):
+                for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch):
+                    # What the losses are divided by is counted before the first backward, over
+                    # all ranks.  So the parts below are terms of one sum.
+                    totals = minibatch_totals(rollouts, minibatch, ranks)
+                    if totals["tokens"] == 0:
+                        continue  # no search of this minibatch found a leaf, on any rank
+                    sums = {}
+                    for part in parts_of(minibatch, rollouts, ranks):
+                        log_prob, entropy, hidden = run.score(part.tokens, part.mask)
+                        # A leaf counts by its weight and by its tokens: (B, T-1).
+                        token_weights = part.extra["leaf_weight"][:, None] * part.mask
+                        token_weights = token_weights / totals["tokens"]
+                        if config.loss == "apo":
+                            policy_loss, metrics = policy.apo_loss(
+                                log_prob=log_prob,
+                                ref_log_prob=part.extra["ref_log_probs"],
+                                mask=part.mask,
+                                rewards=part.extra["rewards"],
+                                optimal_values=part.extra["optimal_value"],
+                                beta2=config.beta2,
+                                leaf_weights=part.extra["leaf_weight"] / totals["leaves"],
+                            )
+                        else:  # em, grpo and ppo differ in their advantages alone
+                            policy_loss, metrics = policy.ppo_loss(
+                                log_prob=log_prob,
+                                old_log_prob=part.log_probs,
+                                advantages=part.extra["advantages"],
+                                entropy=entropy,
+                                token_weights=token_weights,
+                                clip=config.clip,
+                                entropy_coef=config.entropy_coef,
+                            )
+                        V, u_logit = run.head(hidden)
+                        head_loss, head_metrics = value_module.value_loss(
+                            values=V,
+                            u_logit=u_logit,
+                            returns=value_module.monte_carlo_returns(
+                                part.extra["rewards"], part.mask
+                            ),
+                            targets=value_module.monte_carlo_returns(
+                                part.extra["soft_targets"], part.mask
+                            ),
+                            token_weights=token_weights,
+                        )
+                        # FSDP averages gradients over the ranks; these losses are to be added up.
+                        ((policy_loss + head_loss) * ranks.world_size).backward()
+                        ratio_metrics = policy.ratio_metrics(
+                            log_prob=log_prob,
+                            old_log_prob=part.log_probs,
+                            entropy=entropy,
+                            token_weights=token_weights,
+                            clip=config.clip,
+                        )
+                        add_to(sums, {**metrics, **ratio_metrics, **head_metrics})
+                    measured = reduce_metrics(sums, ranks)
+                    # Each group is clipped by its own norm: neither shrinks the other's step.
+                    policy_norm = clip_grad_norm_(policy_parameters, config.grad_clip)
+                    clip_grad_norm_(head_parameters, config.grad_clip)
+                    measured["grad_norm"] = fsdp.full_tensor(policy_norm).item()
+                    check_finite(measured, iteration)
+                    if not teaches_policy(totals, config):
+                        # Adam would move the policy by its moments though the gradient is zero.
+                        # It leaves a parameter without a gradient as it is.
+                        for parameter in policy_parameters:
+                            parameter.grad = None
+                    run.optimizer.step()
+                    run.optimizer.zero_grad(set_to_none=True)
+                    steps.append(measured)
+            run.model.eval()
+            run.iteration = iteration
+            run.model_tokens += model_tokens
+            run.clock.enter("other")
+
+            # ---------------------------------------------------- 5. Log, evaluate, checkpoint
+            row = {
+                "iteration": iteration,
+                "seconds": 0.0,
+                "model_tokens": run.model_tokens,
+                **summary,
+                **mean_metrics(steps),
+                "learning_rate": config.learning_rate * learning_rate_scale(config, iteration),
+            }
+            log_row(run, row)
+            samples = sample_rows(
+                config, iteration, indices, rollouts, texts, verdicts, problems, ranks
+            )
+            if ranks.is_main:
+                fsdp.append_rows(run.path("samples.jsonl"), samples)
+            print_iteration(run, row)
+            if iteration % config.checkpoint_every == 0 or iteration == config.iterations:
+                save(run)
+
+        # After a stop: what the last iterations learned is kept.
+        unsaved = not run.saved.endswith(f"checkpoint_iter_{run.iteration}")
+        if stop_signal is not None and run.iteration > 0 and unsaved:
+            save(run)
+
+    if stop_signal is not None:
+        return fsdp.shutdown(ranks, print_stop(run, stop_signal))
+    print_end(run)
+    return fsdp.shutdown(ranks)
+
+
+# --------------------------------------------------------------------------------------- The phases
+
+
+def draw_problems(config, iteration, ranks, file_problems):
+    """This rank's share of the iteration's problems, and their global numbers."""
+    N = config.problems_per_iteration
+    indices = list(fsdp.rank_slice(N, ranks))
+    problems = []
+    for i in indices:
+        if file_problems:  # the epochs of a file count from 0
+            problem = data.pick_problem(file_problems, config.seed, iteration - 1, i, N)
+        else:
+            problem = data.train_problem(
+                config.seed, iteration, i, digits=config.digits, style=config.prompt
+            )
+        problems.append(problem)
+    return problems, indices
+
+
+def generate_rollouts(
+    model,
+    tokenizer,
+    problems,
+    indices,
+    config,
+    reward,
+    *,
+    iteration,
+    value_function,
+    kind,
+    K,
+    stream=0,
+):
+    """Search or sample completions for problems, `rollout_batch` of them in lock-step.
+
+    indices: the problems' global numbers, by which the noise is keyed.  kind: "astar" or "sample".
+    value_function: guide of the search, or None for h = 0.  K: leaves or samples a problem.
+    stream: 0 for the rollouts of training; another number for draws independent of them.
+    Returns one Rollouts on the CPU.
+    """
+    keys = astar_search.root_keys(config.seed, iteration, indices, stream)
+    parts = []
+    # A rank may have no problems.  It gets an empty Rollouts, from one empty chunk.
+    for start in range(0, max(1, len(problems)), config.rollout_batch):
+        chunk = slice(start, start + config.rollout_batch)
+        prompts = evaluation.encode_prompts(tokenizer, problems[chunk])
+        until = None
+        if config.until_right == "on":
+            until = evaluation.right_leaf_test(
+                tokenizer, problems[chunk], prompts, reward, config.max_new_tokens
+            )
+        options = astar_search.Options(
+            eos=policy.stop_tokens(model, tokenizer),
+            K=K,
+            tau=config.tau,
+            width=config.width,
+            max_new_tokens=config.max_new_tokens,
+            max_nodes=config.max_nodes,
+            max_open=config.max_open,
+            cover=config.cover if config.cover < 1 else math.inf,
+            until=until,
+        )
+        expander = astar_search.Expander(model, prompts, config.max_new_tokens, value_function)
+        if kind == "astar":
+            trees = astar_search.search(keys[chunk], expander, options)
+        else:
+            trees = astar_search.sample(keys[chunk], expander, options)
+        rollouts = astar_search.collect(trees, expander)
+        rollouts.problem += start
+        parts.append(rollouts)
+    return astar_search.concatenate(parts)
+
+
+def leaf_weights(rollouts, config):
+    """(B,) weights of the leaves that sum to one within each problem.
+
+    Leaves of a search are no samples of pi.  Weighted pi/q (at tau = 0: pi) they stand for all
+    completions.  With --leaf-weights off, each counts alike.
+    """
+    if config.leaf_weights == "on":
+        weight = rollouts.weight
+    else:
+        weight = rollouts.count.float()
+    return policy.normalise_weights(weight, rollouts.problem)
+
+
+@torch.no_grad()
+def score_rollouts(model, rollouts, indices, config, iteration, device):
+    """log pi (B, T-1) of rollouts under a model, by the forward that the update uses.
+
+    It runs the micro-batches of the first epoch, so that the update's first forward computes the
+    same numbers again.
+    """
+    log_probs = torch.zeros_like(rollouts.log_probs)
+    for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch=0):
+        for rows in minibatch:
+            part = rollouts.select(rows, device)
+            log_prob, _, _ = policy.score(model, part.tokens, part.mask)
+            log_probs[rows, : log_prob.shape[1]] = log_prob.cpu()
+    return log_probs
+
+
+# Streams of noise besides that of the rollouts, which is 0.
+REFERENCE_STREAM = 1  # apo's samples of the base
+FRESH_STREAM = 2  # samples on which the critic is judged
+
+
+def add_apo_columns(run, rollouts, problems, indices, iteration):
+    """What the apo loss needs: `ref_log_probs` (B, T-1), and `optimal_value` V*(x) (B,).
+
+    V* is estimated on samples of the base, drawn independently of the rollouts: r - V* of a
+    completion would be too small if it were one of them.  Returns the model tokens of these
+    samples, over all ranks; they count as a cost of the rollouts.
+    """
+    config = run.config
+    with fsdp.full_weights(run.reference):
+        samples = generate_rollouts(
+            run.reference,
+            run.tokenizer,
+            problems,
+            indices,
+            config,
+            run.reward,
+            iteration=iteration,
+            value_function=None,
+            kind="sample",
+            K=config.apo_samples,
+            stream=REFERENCE_STREAM,
+        )
+        rollouts.extra["ref_log_probs"] = score_rollouts(
+            run.reference, rollouts, indices, config, iteration, run.ranks.device
+        )
+    _, verdicts = evaluation.judge_rollouts(
+        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
+    )
+    rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
+    rewards = rewards.repeat_interleave(samples.count).view(len(problems), config.apo_samples)
+    # V*(x) = beta1 log mean exp(r/beta1)
+    optimal_values = policy.optimal_value(rewards, config.beta1)  # (N,)
+    rollouts.extra["optimal_value"] = optimal_values[rollouts.problem]
+    tokens = {"tokens": samples.stats["model_tokens"]}
+    return fsdp.all_reduce_sum(tokens, run.ranks)["tokens"]
+
+
+def learning_rate_scale(config, iteration):
+    """Share of the peak learning rate: linear warm-up, then a cosine down to final_rate.
+
+    iteration counts from 1.  In the warm-up the head's first advantages are noise.  Without a
+    warm-up the first iteration has the peak rate, as with a warm-up of one iteration.
+    """
+    warmup = max(1, config.warmup)
+    if iteration <= warmup:
+        return iteration / warmup
+    progress = (iteration - warmup) / max(1, config.iterations - warmup)
+    # eta(i)/eta = f + (1 - f) (1 + cos(pi p))/2
+    return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rates(optimizer, config, iteration):
+    """Of the policy and of the value head, for this iteration."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * learning_rate_scale(config, iteration)
+
+
+def deal_minibatches(rollouts, indices, config, iteration, epoch):
+    """This rank's part of each minibatch, as micro-batches of rows: [[rows, ...], ...].
+
+    Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration,
+    epoch).  So a minibatch is the same on any number of ranks, and a rank's part may be empty.  The
+    leaves of a problem are weighted against each other, so they stay together.
+    """
+    N = config.problems_per_iteration
+    order = list(range(N))
+    random.Random(f"order {config.seed} {iteration} {epoch}").shuffle(order)
+    minibatch_of = {}  # global number of a problem -> number of its minibatch
+    for place, index in enumerate(order):
+        minibatch_of[index] = place * config.minibatches // N
+    numbers = [minibatch_of[indices[p]] for p in rollouts.problem.tolist()]
+    numbers = torch.tensor(numbers, dtype=torch.int64)
+    minibatches = []
+    for number in range(config.minibatches):
+        rows = torch.nonzero(numbers == number).squeeze(1)
+        minibatches.append(split_by_length(rows, rollouts.length, config.micro_batch))
+    return minibatches
+
+
+def split_by_length(rows, length, most):
+    """Rows -> micro-batches of at most `most` rows, in order of length, to save padding.
+
+    The longest of a micro-batch is at most a quarter longer than the shortest.  The number and
+    order of micro-batches change nothing but rounding.
+    """
+    micro_batches = []
+    current = []
+    shortest = None
+    for row in rows[length[rows].argsort(stable=True)].tolist():
+        full = len(current) == most
+        if not current or full or length[row] > 1.25 * shortest:
+            current = []
+            micro_batches.append(current)
+            shortest = length[row]
+        current.append(row)
+    return [torch.tensor(micro_batch) for micro_batch in micro_batches]
+
+
+def minibatch_totals(rollouts, minibatch, ranks):
+    """Sums over a minibatch and all ranks: {"tokens", "leaves", "signal"}.
+
+    tokens and leaves are weighted by leaf; signal is the sum of |weight * advantage| over tokens.
+    """
+    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *minibatch])
+    weight = rollouts.extra["leaf_weight"][rows]
+    tokens = weight[:, None] * rollouts.mask[rows]
+    sums = {
+        "tokens": tokens.sum().item(),
+        "leaves": weight.sum().item(),
+        "signal": (tokens * rollouts.extra["advantages"][rows]).abs().sum().item(),
+    }
+    return fsdp.all_reduce_sum(sums, ranks)
+
+
+def teaches_policy(totals, config):
+    """Has the policy loss of this minibatch a gradient?
+
+    Not if all advantages are zero: under em, if no leaf is right; under grpo, if the leaves of each
+    problem have earned the same.  Under ppo the critic is hardly ever right to the last digit, so
+    that wrong leaves teach too: what is less bad than V said.
+    """
+    return totals["signal"] > 0 or config.loss == "apo" or config.entropy_coef > 0
+
+
+def parts_of(minibatch, rollouts, ranks):
+    """Yield the micro-batches of a minibatch as Rollouts on the device, as many on every rank.
+
+    Each backward pass gathers weights from all ranks and adds up their gradients.  So a rank that
+    has fewer micro-batches than another goes on with idle ones: one token, whose weight is 0.
+    """
+    for turn in range(max(fsdp.all_gather(len(minibatch), ranks))):
+        if turn < len(minibatch):
+            yield rollouts.select(minibatch[turn], ranks.device)
+        else:
+            yield idle_part(rollouts).select(torch.tensor([0]), ranks.device)
+
+
+def idle_part(rollouts):
+    """One completion of one token, with weight 0, and the columns of these rollouts."""
+    columns = {}
+    for name, column in rollouts.columns().items():
+        shape = (1, 2) if name == "tokens" else (1,) * column.ndim
+        columns[name] = column.new_zeros(shape)
+    columns["prompt_length"] += 1
+    columns["length"] += 2
+    extra = {}
+    for name, column in rollouts.extra.items():
+        extra[name] = column.new_zeros((1,) * column.ndim)
+    return astar_search.Rollouts(**columns, extra=extra)
+
+
+def add_to(sums, metrics):
+    """Add the metrics of a micro-batch, tensors on the device, to the sums of its minibatch."""
+    for name, number in metrics.items():
+        sums[name] = sums.get(name, 0.0) + number
+
+
+def reduce_metrics(sums, ranks):
+    """Sums of a minibatch, tensors on the device -> numbers, over all ranks."""
+    numbers = torch.stack(list(sums.values())).tolist()  # one copy from the device
+    return fsdp.all_reduce_sum(dict(zip(sums, numbers)), ranks)
+
+
+def check_finite(metrics, iteration):
+    """Raise FloatingPointError at a NaN or an infinity, before the step that would spread it."""
+    for name, number in metrics.items():
+        if not math.isfinite(number):
+            raise FloatingPointError(f"iteration {iteration}: {name} is {number}")
+
+
+def mean_metrics(steps):
+    """Metrics of an iteration: means over its optimiser steps, and the KL before the first."""
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    means["first_kl"] = steps[0]["approx_kl"]  # no step was made: pi_theta is still pi_old
+    return means
+
+
+# ------------------------------------------------------------------------------------------ The log
+
+
+def summarise(rollouts, texts, verdicts, problems, config, ranks):
+    """What the rollouts of an iteration say, over all ranks: a dict for metrics.jsonl.
+
+    Means are weighted by leaf.  At tau = 1 they estimate expectations under pi; at tau = 0 they
+    describe what the search found.  The accuracy takes the importance weights as they are.  The
+    losses take them normalised within each problem, so that every problem counts alike; that
+    estimate is biased when a learned h prefers right leaves.
+    """
+    weight = rollouts.extra["leaf_weight"]
+    importance = rollouts.weight if config.leaf_weights == "on" else weight
+    rewards = rollouts.extra["rewards"]
+    correct = [verdict["correct"] for verdict in verdicts]
+    distinct = set()  # right completions
+    for problem, text, is_correct in zip(rollouts.problem.tolist(), texts, correct):
+        if is_correct:
+            distinct.add((problem, text))
+    lengths = (rollouts.length - rollouts.prompt_length).float()
+    per_problem = {
+        "reward_mean": (weight * rewards).sum().item(),
+        "rollout_accuracy": (importance * torch.tensor(correct).float()).sum().item(),
+        "unique_correct": len(distinct),
+        "leaves": len(rollouts),
+        "mass": rollouts.stats["mass"],
+        "truncated": (weight * rollouts.truncated.float()).sum().item(),
+        "completion_length": (weight * lengths).sum().item(),
+    }
+    counts = {name: rollouts.stats[name] for name in ("model_tokens", "forwards", "pruned")}
+    returns = value_module.monte_carlo_returns(rewards, rollouts.mask)
+    moments = policy.variance_sums(rollouts.values, returns, weight[:, None] * rollouts.mask)
+    # The ranks exchange sums, never means: a rank with two problems would weigh like one with many.
+    sums = {**per_problem, **counts, **moments, "problems": len(problems)}
+    total = fsdp.all_reduce_sum(sums, ranks)
+    row = {name: total[name] / total["problems"] for name in per_problem}
+    row["explained_variance"] = policy.explained_variance(total)
+    for name in counts:
+        row[name] = total[name]
+    row["stopped"] = fsdp.all_reduce_sum(rollouts.stats["stopped"], ranks)
+    return row
+
+
+def sample_rows(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
+    """Rows for samples.jsonl: one leaf of each of a few problems, wherever their ranks are.
+
+    Problems and leaves are chosen by (seed, iteration).
+    """
+    N = config.problems_per_iteration
+    rng = random.Random(f"samples {config.seed} {iteration}")
+    chosen = rng.sample(range(N), min(config.samples, N))
+    rows = []
+    for p, index in enumerate(indices):
+        leaves = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
+        if index not in chosen or not leaves:
+            continue
+        leaf = random.Random(f"leaf {config.seed} {iteration} {index}").choice(leaves)
+        row = {
+            "iteration": iteration,
+            "prompt": problems[p].prompt,
+            "completion": texts[leaf],
+            "truth": problems[p].answer,
+            **verdicts[leaf],
+            "weight": rollouts.extra["leaf_weight"][leaf].item(),
+            "log_pi": rollouts.log_pi[leaf].item(),
+            "f": rollouts.f[leaf].item(),
+        }
+        rows.append((index, row))
+    gathered = []
+    for rank_rows in fsdp.all_gather(rows, ranks):
+        gathered.extend(rank_rows)
+    gathered.sort(key=operator.itemgetter(0))  # by the problem's number
+    return [row for _, row in gathered]
+
+
+def evaluate(run):
+    """Accuracy and other figures on the held-out problems: the result of evaluation.evaluate."""
+    config = run.config
+    with fsdp.full_weights(run.model, run.head):
+        result, _ = evaluation.evaluate(
+            run.model,
+            run.tokenizer,
+            run.eval_problems,
+            run.reward,
+            run.ranks,
+            decode=config.eval_decode,
+            n=config.eval_completions,
+            max_new_tokens=config.max_new_tokens,
+            value_function=run.value_function,
+            width=config.width,
+            max_nodes=config.max_nodes,
+            batch=config.rollout_batch,
+        )
+    return result
+
+
+def fresh_explained_variance(run, iteration, most=128):
+    """Explained variance of V on fresh samples of pi: one of each of `most` held-out problems.
+
+    The critic was not fitted to them, and they are draws from pi, while the rollouts of an
+    iteration are what a search found.  None where all returns are the same.
+    """
+    config = run.config
+    problems = run.eval_problems[:most]
+    indices = list(fsdp.rank_slice(len(problems), run.ranks))
+    problems = [problems[i] for i in indices]
+    with fsdp.full_weights(run.model, run.head):
+        samples = generate_rollouts(
+            run.model,
+            run.tokenizer,
+            problems,
+            indices,
+            config,
+            run.reward,
+            iteration=iteration,
+            value_function=run.value_function,
+            kind="sample",
+            K=1,
+            stream=FRESH_STREAM,
+        )
+    _, verdicts = evaluation.judge_rollouts(
+        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
+    )
+    rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
+    returns = value_module.monte_carlo_returns(rewards, samples.mask)
+    sums = policy.variance_sums(samples.values, returns, samples.mask)
+    return policy.explained_variance(fsdp.all_reduce_sum(sums, run.ranks))
+
+
+def log_row(run, row):
+    """Complete the row of an iteration, in place, and write it to metrics.jsonl and the loggers.
+
+    What is added: an evaluation if it is time for one, and the seconds.
+    """
+    config = run.config
+    iteration = row["iteration"]
+    if iteration % config.eval_every == 0 or iteration == config.iterations:
+        run.clock.enter("evaluation")
+        result = evaluate(run)
+        row["eval_explained_variance"] = fresh_explained_variance(run, iteration)
+        run.clock.enter("other")
+        run.evaluated[iteration] = result["accuracy"]
+        row["eval_accuracy"] = result["accuracy"]
+        row["eval_format"] = result["format"]
+        row["eval_accuracy_by_difficulty"] = result["accuracy_by_difficulty"]
+        row["eval_length"] = result["completion_length"]
+    row["seconds"] = run.clock.seconds()
+    if run.ranks.is_main:
+        fsdp.append_rows(run.path("metrics.jsonl"), [row])
+        for logger in run.loggers:
+            logger.log(flat_numbers(row), iteration)
+
+
+def flat_numbers(row):
+    """The numbers of a row by name; those of a nested dict as group/name."""
+    numbers = {}
+    for name, entry in row.items():
+        if isinstance(entry, (int, float)):
+            numbers[name] = entry
+        elif isinstance(entry, dict):
+            for key, number in entry.items():
+                if isinstance(number, (int, float)):
+                    numbers[f"{name}/{key}"] = number
+    return numbers
+
+
+class WandbLogger:
+    """--wandb: Weights & Biases.  Raises ValueError where it refuses."""
+
+    def __init__(self, config):
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project="apo", name=config.output_dir, config=dataclasses.asdict(config)
+            )
+        except Exception as error:  # nobody is logged in, there is no network, ...
+            raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
+
+    def log(self, numbers, iteration):
+        """The numbers of an iteration, by name."""
+        self.run.log(numbers, iteration)
+
+
+class TensorBoardLogger:
+    """--tensorboard: TensorBoard's files, in the output folder."""
+
+    def __init__(self, config, first_iteration):
+        self.folder = config.output_dir
+        self.first_iteration = first_iteration  # a resumed run takes back what lies after it
+        self.writer = None  # opened by the first row, when the folder is this run's
+
+    def log(self, numbers, iteration):
+        """The numbers of an iteration, by name."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.folder, purge_step=self.first_iteration)
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, iteration)
+        self.writer.flush()
+
+
+def open_loggers(config, first_iteration):
+    """The loggers that the flags ask for.  Raises ValueError."""
+    loggers = []
+    if config.wandb:
+        loggers.append(WandbLogger(config))
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(config, first_iteration))
+    return loggers
+
+
+def count_parameters(parameters):
+    """Numbers in all of these tensors, with commas."""
+    return f"{sum(parameter.numel() for parameter in parameters):,}"
+
+
+def print_start(run, companions):
+    """What runs where, and from where."""
+    config = run.config
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    run.say(
+        f"{config.model}: {count_parameters(run.model.parameters())} parameters, "
+        f"{count_parameters(trained)} trained; "
+        f"value head {count_parameters(run.head.parameters())}"
+    )
+    run.say(
+        f"{config.rollout}, {config.loss}, on {run.ranks.device}, ranks: {run.ranks.world_size}, "
+        f"of {torch.get_num_threads()} threads"
+    )
+    if companions:
+        flags = " ".join(f"{flag_name(name)} {value}" for name, value in companions.items())
+        run.say(f"with --rollout {config.rollout} --loss {config.loss} come {flags}")
+    if config.resume:
+        source = run.source or "the beginning: there is no checkpoint yet"
+        run.say(f"resumed from {source}, after iteration {run.iteration}")
+
+
+def print_iteration(run, row):
+    """One line for the terminal."""
+    n = row["iteration"]
+    evaluated = f"  | eval {run.evaluated[n]:.3f}" if n in run.evaluated else ""
+    run.say(
+        f"{n:4d}/{run.config.iterations}  accuracy {row['rollout_accuracy']:.3f}  "
+        f"reward {row['reward_mean']:+.2f}  length {row['completion_length']:5.1f}  "
+        f"leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
+        f"entropy {row['entropy']:.2f}  tokens {run.model_tokens:,d}  "
+        f"seconds {row['seconds']:.0f}{evaluated}"
+    )
+
+
+def print_end(run):
+    """Accuracies, cost, and where the files are."""
+    if run.ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    accuracies = ", ".join(f"{x:.3f} after {i}" for i, x in run.evaluated.items())
+    run.say(
+        f"\n{run.config.eval_decode} accuracy on {len(run.eval_problems)} held-out problems: "
+        f"{accuracies or 'none since the resume'}"
+    )
+    seconds = run.clock.seconds()
+    run.clock.enter("other")
+    phases = [f"{name} {t:.0f} s" for name, t in run.clock.phases.items() if name != "other"]
+    run.say(
+        f"{run.model_tokens:,} model tokens in {seconds:.0f} s ({', '.join(phases)}); "
+        f"peak memory of a rank {peak:.2f} GiB"
+    )
+    metrics, samples = run.path("metrics.jsonl"), run.path("samples.jsonl")
+    run.say(f"metrics: {metrics}   rollouts: {samples}   model: {run.saved}")
+
+
+# -------------------------------------------------------------------------------- Saving, stopping
+
+
+def trainer_state(run):
+    """What trainer_state.json of a checkpoint holds, besides the list of the other files."""
+    return {
+        "iteration": run.iteration,
+        "model_tokens": run.model_tokens,
+        "seconds": run.clock.seconds(),
+        "reward_bounds": run.reward.bounds,
+        "inputs": run.inputs,
+        "threads": torch.get_num_threads(),
+        "config": dataclasses.asdict(run.config),
+    }
+
+
+def save(run):
+    """Write OUTPUT/checkpoint_iter_N, then remove older ones.  A collective.
+
+    No random state is in it: problems, noise and order are functions of (seed, iteration, index).
+    """
+    run.clock.enter("checkpoint")
+    folder = run.path(f"checkpoint_iter_{run.iteration}")
+    run.saved = fsdp.save_checkpoint(
+        folder,
+        run.model,
+        run.tokenizer,
+        run.head,
+        run.optimizer,
+        state=trainer_state(run),
+        ranks=run.ranks,
+    )
+    if run.ranks.is_main:  # only now may an older one go
+        fsdp.prune_checkpoints(run.config.output_dir, run.iteration, run.config.keep_checkpoints)
+    run.clock.enter("other")
+
+
+class StopSignals:
+    """SIGTERM (a scheduler's) and Ctrl-C, kept until the loop asks for them.
+
+    So an iteration happens whole or not at all.  A second Ctrl-C, some seconds after the first,
+    ends it at once, for a reward of one's own may hang.  Should the reward catch that, a third one
+    ends the process.
+    """
+
+    PATIENCE = 2.0  # seconds; whoever presses Ctrl-C twice in one go means one
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+        self.received = []
+        self.interrupted = math.inf  # when Ctrl-C was first pressed, or broke in
+        self.broke_in = False
+        self.handlers = {}  # those that were there before
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.keep)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def keep(self, number, frame):
+        """The handler of both signals."""
+        now = time.monotonic()
+        if number == signal.SIGINT and now > self.interrupted + self.PATIENCE:
+            if self.broke_in:  # and something has caught the exception
+                print("train.py: stopped by a third Ctrl-C", file=sys.stderr, flush=True)
+                os._exit(130)
+            self.broke_in = True
+            self.interrupted = now
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            self.interrupted = min(self.interrupted, now)
+        self.received.append(number)
+
+    def first(self):
+        """The first signal that any rank has received, or None; all ranks agree.  A collective."""
+        for received in fsdp.all_gather(self.received, self.ranks):
+            if received:
+                return received[0]
+        return None
+
+
+def failure_sentence(error, ranks):
+    """One line for a failure that is expected to happen to a user; None for a bug."""
+    rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or "
+            "--max-nodes (see examples/memory.py)"
+        )
+    if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError)):
+        return f"{rank}{error}"
+    if isinstance(error, NoLeafError):
+        return f"{rank}{error}"
+    if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
+        return f"{rank}another rank has ended, and its own message says why"
+    return None
+
+
+class NoLeafError(Exception):
+    """No search of an iteration found a completion within its bounds."""
+
+
+@contextlib.contextmanager
+def explain_failures(run):
+    """Inside, an expected failure ends the process with one line and status 1.
+
+    Ctrl-C that breaks in ends it with status 130.  A bug keeps its traceback.  Whatever happens,
+    the output folder is released.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:  # its text, if any: what a reward was doing
+        last = run.saved or "none"
+        what = f": {interrupt}" if str(interrupt) else ""
+        print(
+            f"train.py: stopped by a second Ctrl-C{what}; the last good checkpoint is {last}",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except Exception as error:
+        sentence = failure_sentence(error, run.ranks)
+        if sentence is None:
+            raise
+        last = run.saved or "none"
+        print(f"train.py: stopped: {sentence}; the last good checkpoint is {last}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if run.lock is not None:
+            os.close(run.lock)
+
+
+def print_stop(run, stop_signal):
+    """Say what stopped the run and how to go on.  Returns the exit status."""
+    name, status = "SIGTERM", 0
+    if stop_signal == signal.SIGINT:
+        name, status = "Ctrl-C", 130
+    if run.saved:
+        go_on = f"go on from {run.saved} with the same flags and --resume auto"
+    else:
+        go_on = "there is nothing to keep yet"
+    run.say(
+        f"train.py: stopped by {name} after iteration {run.iteration}; {go_on}", file=sys.stderr
+    )
+    return status
+
+
+# ------------------------------------------------------------------------------------------- Set-up
+
+
+class Clock:
+    """Wall seconds by phase: time counts for the phase that was named last."""
+
+    def __init__(self, seconds_before=0.0):
+        self.seconds_before = seconds_before  # of the run, before it was resumed
+        self.started = self.entered = time.perf_counter()
+        self.phase = "other"
+        self.phases = {}
+
+    def enter(self, phase):
+        """From here on, time counts for this phase."""
+        now = time.perf_counter()
+        self.phases[self.phase] = self.phases.get(self.phase, 0.0) + now - self.entered
+        self.phase = phase
+        self.entered = now
+
+    def seconds(self):
+        """Of the run so far, over all its resumes."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+
+@dataclasses.dataclass
+class Run:
+    """What set_up makes ready, and how far the run has come."""
+
+    config: Config
+    ranks: fsdp.Ranks
+    reward: object  # has bounds (r_lo, r_hi) and judge(...)
+    model: torch.nn.Module
+    tokenizer: object
+    head: torch.nn.Module  # the value head
+    reference: torch.nn.Module | None  # apo: the base as it was before any training
+    optimizer: torch.optim.Optimizer  # of the policy and the head
+    score: object  # score(tokens, mask): policy.score of the model, with FSDP's hooks
+    value_function: object  # value_function(hidden) -> V, h: what guides the search
+    file_problems: list | None  # of --train-file
+    eval_problems: list
+    inputs: dict  # checksums of the user's files as they were read
+    source: str  # the checkpoint that it goes on from, or ""
+    saved: str  # the newest checkpoint, or ""
+    iteration: int = 0  # finished iterations
+    model_tokens: int = 0  # tokens run through the model for rollouts so far
+    clock: Clock | None = None
+    lock: int | None = None  # file handle that keeps other runs out of the output folder
+    loggers: list = dataclasses.field(default_factory=list)
+    evaluated: dict = dataclasses.field(default_factory=dict)  # iteration -> accuracy
+
+    def path(self, name):
+        """Of a file in the output folder."""
+        return os.path.join(self.config.output_dir, name)
+
+    def say(self, text, file=None):
+        """Print on the main rank."""
+        if self.ranks.is_main:
+            print(text, file=file, flush=True)
+
+
+def set_up(config, arguments):
+    """Load, check, shard and open everything that a run needs.  Returns a Run.
+
+    All that can be wrong is found here, before anything is written; the output folder comes last.
+    Raises ValueError or OSError with one sentence.
+    """
+    reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
+    bf16 = config.mixed_precision == "bf16"
+    ranks = fsdp.init_ranks(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
+    if config.cpu_offload and ranks.device.type == "cpu":
+        raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
+
+    inputs = input_files(config)
+
+    def find_source():
+        if arguments.eval_only:
+            return arguments.checkpoint, {}
+        return find_start(config)
+
+    source, state = fsdp.all_gather(fsdp.on_main(find_source, ranks), ranks)[0]
+    bounds = list(reward.bounds)
+    if state.get("reward_bounds", bounds) != bounds:
+        raise ValueError(
+            f"--reward: its bounds are not the {state['reward_bounds']} "
+            f"that {source} was trained with"
+        )
+
+    def load():
+        try:
+            return load_everything(config, source, reward, ranks)
+        except ValueError:
+            if source and not os.path.isdir(source):  # it was whole when it was found
+                raise ValueError(
+                    f"{source} was removed while it was read: is a run going on there?"
+                ) from None
+            raise
+
+    loaded = fsdp.raise_everywhere(load, ranks)
+    model, tokenizer, head, reference, file_problems, eval_problems = loaded
+    shard_model = functools.partial(
+        fsdp.shard, ranks=ranks, mixed_precision=bf16, offload=config.cpu_offload
+    )
+    model = shard_model(model, blocks=policy.transformer_blocks(model))
+    head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
+    if reference is not None:
+        reference = shard_model(reference, blocks=policy.transformer_blocks(reference))
+    run = Run(
+        config=config,
+        ranks=ranks,
+        reward=reward,
+        model=model,
+        tokenizer=tokenizer,
+        head=head,
+        reference=reference,
+        optimizer=make_optimizer(model, head, config),
+        score=fsdp.with_fsdp_hooks(model, policy.score),
+        value_function=evaluation.value_function(
+            head, reward.bounds, config.beta, use_head=config.guide == "head"
+        ),
+        file_problems=file_problems,
+        eval_problems=eval_problems,
+        inputs=inputs,
+        source=source,
+        saved=source,
+    )
+    if not arguments.eval_only:
+        open_run(run, state)
+    return run
+
+
+def open_run(run, state):
+    """Restore the optimiser and the counts of a checkpoint, then take the output folder.
+
+    The folder is changed last.  A run that cannot write a checkpoint there leaves it as it was.
+    """
+    config = run.config
+    run.iteration = state["iteration"]
+    run.model_tokens = state["model_tokens"]
+    if run.source:
+
+        def load_moments():
+            fsdp.load_optimizer(run.source, run.model, run.head, run.optimizer)
+
+        fsdp.raise_everywhere(load_moments, run.ranks)
+
+    def open_loggers_and_lock():
+        # A resumed run writes its logs from the iteration after its checkpoint on.
+        loggers = open_loggers(config, run.iteration + bool(run.source))
+        return loggers, fsdp.lock_folder(config.output_dir)
+
+    opened = fsdp.on_main(open_loggers_and_lock, run.ranks)
+    if run.ranks.is_main:
+        run.loggers, run.lock = opened
+    run.clock = Clock(state["seconds"])
+    try:
+        prepare_output(run, state["found"])
+    except ValueError:
+        if run.lock is not None:
+            os.close(run.lock)
+        raise
+    threads = state.get("threads", torch.get_num_threads())
+    if threads != torch.get_num_threads():
+        run.say(
+            f"train.py: {run.source} was trained with {threads} threads, this run has "
+            f"{torch.get_num_threads()}: sums round differently, so it is the same run only up to "
+            f"rounding (OMP_NUM_THREADS={threads} makes it the same)",
+            file=sys.stderr,
+        )
+
+
+def prepare_output(run, found):
+    """Prove that a checkpoint can be written, then make the locked output folder ready.
+
+    A run that goes on in its own folder has written checkpoints there before.
+    found: the checkpoints that find_start saw.  A collective.  Raises ValueError.
+    """
+    config = run.config
+    if run.source not in found:
+        fsdp.try_checkpoint(
+            config.output_dir,
+            run.model,
+            run.tokenizer,
+            run.head,
+            run.optimizer,
+            state=trainer_state(run),
+            ranks=run.ranks,
+        )
+
+    def make_ready():
+        open_output(config, run.source, run.iteration, found)
+
+    fsdp.on_main(make_ready, run.ranks)
+
+
+def load_everything(config, source, reward, ranks):
+    """Load the problems, the models and the head, and check that they fit together.
+
+    source: the checkpoint folder to go on from, or "".  Returns (model, tokenizer, head, reference
+    model or None, problems of --train-file or None, evaluation problems).  Raises ValueError with
+    the first thing that is wrong.
+    """
+    file_problems, eval_problems = load_problems(config)
+    # A model to be sharded is loaded on the CPU; each block moves to the device when it is split.
+    device = ranks.device if ranks.mesh is None else "cpu"
+    model, tokenizer = policy.load_policy(
+        source or config.model,
+        dtype=torch.float32,
+        device=device,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+        freeze_blocks=config.freeze_blocks,
+    )
+    if file_problems is None:
+        examples = []
+        for i in range(64):
+            examples.append(data.train_problem(config.seed, 0, i, config.digits, config.prompt))
+    else:
+        examples = file_problems
+    # A reward of one's own may fail: then now, and not after hours.
+    for problem in (examples[0], eval_problems[0]):
+        for text in ("", f"<answer>{problem.answer}</answer>"):
+            reward.judge(problem, problem.prefill + text)
+    prompts = evaluation.encode_prompts(tokenizer, examples + eval_problems)
+    warning = evaluation.unknown_prompts(tokenizer, examples + eval_problems)
+    if warning and ranks.is_main:
+        print(f"train.py: {warning}", file=sys.stderr)
+    longest = max(len(prompt) for prompt in prompts)
+    policy.check_context(model, longest, config.max_new_tokens)
+    astar_search.check_model(
+        model,
+        longest=longest + config.max_new_tokens,
+        training=config.gradient_checkpointing == "on",
+    )
+    check_search_size(config, vocabulary=model.get_output_embeddings().weight.shape[0])
+    head = load_head(config, source, model)
+    reference = None
+    if config.loss == "apo":
+        reference, _ = policy.load_policy(config.model, dtype=torch.float32, device=device)
+        reference.requires_grad_(False)
+    return model, tokenizer, head, reference, file_problems, eval_problems
+
+
+def load_problems(config):
+    """(problems of --train-file or None, evaluation problems).  Raises ValueError, OSError."""
+    any_answer = bool(config.reward)
+    file_problems = None
+    if config.train_file:
+        file_problems = data.read_problems(config.train_file, any_answer=any_answer)
+    if config.eval_file:
+        eval_problems = data.read_problems(config.eval_file, any_answer=any_answer)
+        eval_problems = eval_problems[: config.eval_problems]
+    else:
+        eval_problems = data.eval_problems(config.eval_problems, config.digits, config.prompt)
+    return file_problems, eval_problems
+
+
+def check_search_size(config, vocabulary):
+    """Raise ValueError if a search is asked for more leaves than can exist within its bounds."""
+    # Each node that a search expands adds at most V - 1 leaves to a tree of one.  At depth T there
+    # are at most V^T.
+    T = config.max_new_tokens
+    most = min(config.max_nodes * (vocabulary - 1) + 1, vocabulary ** min(T, 64))
+    if config.rollout == "astar" and config.rollouts_per_problem > most:
+        raise ValueError(
+            f"--rollouts-per-problem: within --max-nodes {config.max_nodes} and "
+            f"--max-new-tokens {T} only {most} different completions can exist"
+        )
+
+
+def load_head(config, source, model):
+    """The value head of a checkpoint, or a new one.  Raises ValueError if it does not fit."""
+    torch.manual_seed(config.seed)  # for the head's first layer; nothing else is drawn from torch
+    head = value_module.ValueHead(model.config.get_text_config().hidden_size)
+    if source:
+        try:
+            head.load_state_dict(load_file(os.path.join(source, "value.safetensors")))
+        except RuntimeError:
+            raise ValueError(
+                f"{source}: its value head is of another model size, or incomplete"
+            ) from None
+    return head
+
+
+def make_optimizer(model, head, config):
+    """AdamW for the policy and the head, whose learning rates `set_learning_rates` sets.
+
+    Adam's usual beta2 of 0.999, which the head keeps, averages over a thousand steps.  A run may
+    have no more than that in all: too long for a policy that changes.  Weight decay is for
+    matrices alone; norms and biases are not to be drawn to zero.
+    """
+    groups = []
+    for module, betas, peak in (
+        (model, (0.9, 0.95), config.learning_rate),
+        (head, (0.9, 0.999), config.value_learning_rate),
+    ):
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trained if parameter.ndim < 2]
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
+            groups.append(
+                {"params": parameters, "betas": betas, "weight_decay": decay, "peak": peak}
+            )
+    return torch.optim.AdamW(groups)
+
+
+# --------------------------------------------------------------------------------- A run's folder
+
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
+# May differ between a run and its continuation: where and how fast it runs, and what it writes.  A
+# run with any other flag changed would be a mixture of two, and no seed could give it again.  More
+# iterations stretch the cosine of the learning rate.
+FREE_ON_RESUME = """
+    iterations device distributed cpu_offload output_dir eval_every eval_completions
+    checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
+    wandb tensorboard
+""".split()
+INPUTS = ("train_file", "eval_file", "reward")  # the user's files are compared by content
+
+
+def check_output_folder(config, checkpoints):
+    """Raise ValueError unless this run may write into its output folder.  Changes nothing."""
+    folder = os.path.abspath(config.output_dir)
+    if os.path.isfile(folder):
+        raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
+    held = list(checkpoints)
+    for name in RUN_FILES:
+        if os.path.exists(os.path.join(folder, name)):
+            held.append(name)
+    if "config.json" in held:
+        with open(os.path.join(folder, "config.json")) as file:
+            if '"output_dir"' not in file.read():  # it is a model's, not to be cleared for a run
+                raise ValueError(
+                    f"--output-dir {folder}: its config.json is not a run's, "
+                    "so the folder is left alone"
+                )
+    for path in (config.model, config.train_file, config.eval_file):
+        if config.overwrite and path and os.path.abspath(path).startswith(folder + os.sep):
+            raise ValueError(
+                f"--overwrite would remove {path}, which this run needs: give another --output-dir"
+            )
+    resumes_here = config.resume == "auto" or (
+        config.resume and os.path.dirname(os.path.abspath(config.resume)) == folder
+    )
+    if held and not resumes_here and not config.overwrite:
+        raise ValueError(
+            f"--output-dir {folder} holds another run: "
+            "add --resume auto, --overwrite or another --output-dir"
+        )
+
+
+def input_files(config):
+    """Checksums of the user's files that a run depends on: {flag: text}.
+
+    Of a reward of one's own: of its file, of the files beside it that it imports, and the name of
+    the function.  Under apo of the base model too, which is the reference policy, if it is a
+    folder.  Raises OSError if a file is missing.
+    """
+    files = {}
+    function = ""
+    if config.train_file:
+        files["train_file"] = [config.train_file]
+    if config.eval_file:
+        files["eval_file"] = [config.eval_file]
+    if config.reward:
+        path, _, function = config.reward.rpartition(":")
+        files["reward"] = reward_module.source_files(path)
+    if config.loss == "apo" and os.path.isdir(config.model):
+        files["model"] = []
+        for name in sorted(os.listdir(config.model)):
+            if name == "config.json" or name.endswith(".safetensors"):
+                files["model"].append(os.path.join(config.model, name))
+    checksums = {}
+    for name, paths in files.items():
+        marks = [checksum(path) for path in paths]
+        if name == "reward":
+            marks.append(function)
+        checksums[flag_name(name)] = " ".join(marks)
+    return checksums
+
+
+def checksum(path):
+    """Of a file's content.  A pipe can be read only once, so its name must do."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return str(path)
+    return fsdp.fingerprint(path)["sha256"]
+
+
+def check_same_run(config, state, source):
+    """Raise ValueError if a flag or a file differs that makes it another run."""
+    inputs = input_files(config)
+    # A checkpoint of an earlier version has no checksums.  Then the paths must be the same.
+    by_content = "inputs" in state
+    inputs_before = state.get("inputs", inputs)
+    for name in sorted(inputs.keys() | inputs_before.keys()):
+        if inputs.get(name) != inputs_before.get(name):
+            raise ValueError(
+                f"{name}: the file or function is not the one that {source} was trained with; "
+                "go on with the old one, or start a new run"
+            )
+    for name, given in dataclasses.asdict(config).items():
+        free = name in FREE_ON_RESUME
+        if name in INPUTS:
+            free = by_content
+        if name == "model" and config.loss == "apo":  # the base is the reference policy
+            free = by_content and flag_name(name) in inputs
+        before = state["config"].get(name)
+        if not free and given != before:
+            raise ValueError(
+                f"{flag_name(name)} {given} differs from the {before} "
+                f"that {source} was trained with"
+            )
+
+
+def find_start(config):
+    """Where the run begins: (checkpoint folder or "", its trainer state).  Changes nothing.
+
+    The state also has `found`, the checkpoints of the output folder.  A damaged checkpoint is
+    passed over for the one before it, and that is said.  Raises ValueError if the output folder
+    cannot be used, if another run writes there, if no checkpoint is whole, or if its run had other
+    flags.
+    """
+    if os.path.isdir(config.output_dir):
+        # A run that is alive may remove a checkpoint while it is read here.  So the lock is tried
+        # first; it is taken for good when the folder is opened.
+        os.close(fsdp.lock_folder(config.output_dir))
+    found = fsdp.list_checkpoints(config.output_dir)
+    check_output_folder(config, found)
+    if config.resume == "auto":
+        candidates = found[::-1]  # the newest first
+    elif config.resume:
+        candidates = [config.resume]
+    else:
+        candidates = []
+    for i, source in enumerate(candidates):
+        try:
+            state = fsdp.read_trainer_state(source)
+        except ValueError as error:
+            if i + 1 == len(candidates):
+                raise
+            older = candidates[i + 1]
+            print(f"train.py: {error}; going back to {older}", file=sys.stderr)
+            continue
+        check_same_run(config, state, source)
+        return source, {**state, "found": found}
+    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0, "found": found}
+
+
+def open_output(config, source, iteration, found):
+    """Make the output folder, which is locked, ready to go on after `iteration`.
+
+    A new run starts empty; a resumed one is cut back to its checkpoint.  found: the checkpoints
+    that find_start saw.  Raises ValueError if another run has written there since.
+    """
+    folder = config.output_dir
+    if fsdp.list_checkpoints(folder) != found:  # asked again, because loading the model took time
+        raise ValueError(f"--output-dir {folder}: another run has just written there: start again")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        fsdp.cut_back(os.path.join(folder, name), iteration if source else None)
+    fsdp.prune_checkpoints(folder, iteration, config.keep_checkpoints)
+    config_text = json.dumps(dataclasses.asdict(config), indent=1)
+    fsdp.write_file(os.path.join(folder, "config.json"), config_text)
+
+
+# ------------------------------------------------------------------------------------- Command line
+
 GROUPS = {  # the first field of each group of flags -> its title in --help
     "model": "the task",
     "rollout": "rollouts",
@@ -331,1142 +1713,12 @@ def parse_arguments(argv=None):
     return config, arguments, parser
 
 
-# --------------------------------------------------------------------------------- A run's folder
-
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
-# May differ between a run and its continuation: where and how fast it runs, and what it writes.  A
-# run with any other flag changed would be a mixture of two, and no seed could give it again.  More
-# iterations stretch the cosine of the learning rate.
-FREE_ON_RESUME = """
-    iterations device distributed cpu_offload output_dir eval_every eval_completions
-    checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
-    wandb tensorboard
-""".split()
-
-
-def check_output_folder(config, checkpoints):
-    """Raise ValueError unless this run may write into its output folder.  Changes nothing."""
-    folder = os.path.abspath(config.output_dir)
-    if os.path.isfile(folder):
-        raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
-    held = list(checkpoints)
-    for name in RUN_FILES:
-        if os.path.exists(os.path.join(folder, name)):
-            held.append(name)
-    if "config.json" in held:
-        with open(os.path.join(folder, "config.json")) as file:
-            if '"output_dir"' not in file.read():  # it is a model's, not to be cleared for a run
-                raise ValueError(
-                    f"--output-dir {folder}: its config.json is not a run's, "
-                    "so the folder is left alone"
-                )
-    for path in (config.model, config.train_file, config.eval_file):
-        if config.overwrite and path and os.path.abspath(path).startswith(folder + os.sep):
-            raise ValueError(
-                f"--overwrite would remove {path}, which this run needs: give another --output-dir"
-            )
-    resumes_here = config.resume == "auto" or (
-        config.resume and os.path.dirname(os.path.abspath(config.resume)) == folder
-    )
-    if held and not resumes_here and not config.overwrite:
-        raise ValueError(
-            f"--output-dir {folder} holds another run: "
-            "add --resume auto, --overwrite or another --output-dir"
-        )
-
-
-def check_same_run(config, state, source):
-    """Raise ValueError if a flag differs from the checkpoint's that makes it another run."""
-    for name, given in dataclasses.asdict(config).items():
-        free = name in FREE_ON_RESUME
-        if name == "model" and config.loss == "apo":
-            free = False  # the base is apo's reference policy
-        before = state["config"].get(name)
-        if not free and given != before:
-            raise ValueError(
-                f"{flag_name(name)} {given} differs from the {before} "
-                f"that {source} was trained with"
-            )
-
-
-def find_start(config):
-    """Where the run begins: (checkpoint folder or "", its trainer state).  Changes nothing.
-
-    The state also has `found`, the checkpoints of the output folder.  A damaged checkpoint is
-    passed over for the one before it, and that is said.  Raises ValueError if the output folder
-    cannot be used, if no checkpoint is whole, or if its run had other flags.
-    """
-    found = fsdp.list_checkpoints(config.output_dir)
-    check_output_folder(config, found)
-    if config.resume == "auto":
-        candidates = found[::-1]  # the newest first
-    elif config.resume:
-        candidates = [config.resume]
-    else:
-        candidates = []
-    for i, source in enumerate(candidates):
-        try:
-            state = fsdp.read_trainer_state(source)
-        except ValueError as error:
-            if i + 1 == len(candidates):
-                raise
-            older = candidates[i + 1]
-            print(f"train.py: {error}; going back to {older}", file=sys.stderr)
-            continue
-        check_same_run(config, state, source)
-        return source, {**state, "found": found}
-    return "", {"iteration": 0, "model_tokens": 0, "seconds": 0.0, "found": found}
-
-
-def open_output(config, source, iteration, found):
-    """Make the output folder ready to go on after `iteration`.  Returns its lock, a file handle.
-
-    A new run starts empty; a resumed one is cut back to its checkpoint.  found: the checkpoints
-    that find_start saw.  Raises ValueError if another run writes there.
-    """
-    folder = config.output_dir
-    lock = fsdp.lock_folder(folder)
-    if fsdp.list_checkpoints(folder) != found:  # asked again, because loading the model took time
-        raise ValueError(f"--output-dir {folder}: another run has just written there: start again")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        fsdp.cut_back(os.path.join(folder, name), iteration if source else None)
-    fsdp.prune_checkpoints(folder, iteration, config.keep_checkpoints)
-    config_text = json.dumps(dataclasses.asdict(config), indent=1)
-    fsdp.write_file(os.path.join(folder, "config.json"), config_text)
-    return lock
-
-
-# ------------------------------------------------------------------------------------------- Set-up
-
-
-class Clock:
-    """Wall seconds by phase: time counts for the phase that was named last."""
-
-    def __init__(self, seconds_before=0.0):
-        self.seconds_before = seconds_before  # of the run, before it was resumed
-        self.started = self.entered = time.perf_counter()
-        self.phase = "other"
-        self.phases = {}
-
-    def enter(self, phase):
-        """From here on, time counts for this phase."""
-        now = time.perf_counter()
-        self.phases[self.phase] = self.phases.get(self.phase, 0.0) + now - self.entered
-        self.phase = phase
-        self.entered = now
-
-    def seconds(self):
-        """Of the run so far, over all its resumes."""
-        return self.seconds_before + time.perf_counter() - self.started
-
-
-@dataclasses.dataclass
-class Run:
-    """What set_up makes ready, and how far the run has come."""
-
-    config: Config
-    ranks: fsdp.Ranks
-    reward: object  # has bounds (r_lo, r_hi) and judge(...)
-    model: torch.nn.Module
-    tokenizer: object
-    head: torch.nn.Module  # the value head
-    reference: torch.nn.Module | None  # apo: the base as it was before any training
-    optimizer: torch.optim.Optimizer  # two groups of parameters: the policy's, the head's
-    score: object  # score(tokens, mask): policy.score of the model, with FSDP's hooks
-    value_function: object  # value_function(hidden) -> V, h: what guides the search
-    file_problems: list | None  # of --train-file
-    eval_problems: list
-    source: str  # the checkpoint that it goes on from, or ""
-    saved: str  # the newest checkpoint, or ""
-    iteration: int = 0  # finished iterations
-    model_tokens: int = 0  # tokens run through the model for rollouts so far
-    clock: Clock | None = None
-    lock: int | None = None  # file handle that keeps other runs out of the output folder
-    loggers: list = dataclasses.field(default_factory=list)
-    evaluated: dict = dataclasses.field(default_factory=dict)  # iteration -> accuracy
-
-    def path(self, name):
-        """Of a file in the output folder."""
-        return os.path.join(self.config.output_dir, name)
-
-    def say(self, text, file=None):
-        """Print on the main rank."""
-        if self.ranks.is_main:
-            print(text, file=file, flush=True)
-
-
-def set_up(config, arguments):
-    """Load, check, shard and open everything that a run needs.  Returns a Run.
-
-    All that can be wrong is found here, before anything is written; the output folder comes last.
-    Raises ValueError or OSError with one sentence.
-    """
-    reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
-    bf16 = config.mixed_precision == "bf16"
-    ranks = fsdp.init_ranks(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
-    if config.cpu_offload and ranks.device.type == "cpu":
-        raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
-
-    def find_source():
-        if arguments.eval_only:
-            return arguments.checkpoint, {}
-        return find_start(config)
-
-    source, state = fsdp.all_gather(fsdp.on_main(find_source, ranks), ranks)[0]
-    bounds = list(reward.bounds)
-    if state.get("reward_bounds", bounds) != bounds:
-        raise ValueError(
-            f"--reward: its bounds are not the {state['reward_bounds']} "
-            f"that {source} was trained with"
-        )
-
-    def load():
-        return load_everything(config, source, reward, ranks)
-
-    loaded = fsdp.raise_everywhere(load, ranks)
-    model, tokenizer, head, reference, file_problems, eval_problems = loaded
-    shard_model = functools.partial(
-        fsdp.shard, ranks=ranks, mixed_precision=bf16, offload=config.cpu_offload
-    )
-    model = shard_model(model, blocks=policy.transformer_blocks(model))
-    head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
-    if reference is not None:
-        reference = shard_model(reference, blocks=policy.transformer_blocks(reference))
-    run = Run(
-        config=config,
-        ranks=ranks,
-        reward=reward,
-        model=model,
-        tokenizer=tokenizer,
-        head=head,
-        reference=reference,
-        optimizer=make_optimizer(model, head, config),
-        score=fsdp.with_fsdp_hooks(model, policy.score),
-        value_function=evaluation.value_function(
-            head, reward.bounds, config.beta, use_head=config.guide == "head"
-        ),
-        file_problems=file_problems,
-        eval_problems=eval_problems,
-        source=source,
-        saved=source,
-    )
-    if not arguments.eval_only:
-        open_run(run, state)
-    return run
-
-
-def open_run(run, state):
-    """Restore the optimiser and the counts of a checkpoint, then take the output folder."""
-    config = run.config
-    run.iteration = state["iteration"]
-    run.model_tokens = state["model_tokens"]
-    if run.source:
-
-        def load_moments():
-            fsdp.load_optimizer(run.source, run.model, run.head, run.optimizer)
-
-        fsdp.raise_everywhere(load_moments, run.ranks)
-
-    def open_loggers_and_folder():
-        # A resumed run writes its logs from the iteration after its checkpoint on.
-        loggers = open_loggers(config, run.iteration + bool(run.source))
-        return loggers, open_output(config, run.source, run.iteration, state["found"])
-
-    opened = fsdp.on_main(open_loggers_and_folder, run.ranks)
-    if run.ranks.is_main:
-        run.loggers, run.lock = opened
-    run.clock = Clock(state["seconds"])
-
-
-def load_everything(config, source, reward, ranks):
-    """Load the problems, the models and the head, and check that they fit together.
-
-    source: the checkpoint folder to go on from, or "".  Returns (model, tokenizer, head, reference
-    model or None, problems of --train-file or None, evaluation problems).  Raises ValueError with
-    the first thing that is wrong.
-    """
-    file_problems, eval_problems = load_problems(config)
-    # A model to be sharded is loaded on the CPU; each block moves to the device when it is split.
-    device = ranks.device if ranks.mesh is None else "cpu"
-    model, tokenizer = policy.load_policy(
-        source or config.model,
-        dtype=torch.float32,
-        device=device,
-        gradient_checkpointing=config.gradient_checkpointing == "on",
-        freeze_blocks=config.freeze_blocks,
-    )
-    astar_search.check_model(model)
-    if file_problems is None:
-        examples = []
-        for i in range(64):
-            examples.append(data.train_problem(config.seed, 0, i, config.digits, config.prompt))
-    else:
-        examples = file_problems
-    # A reward of one's own may fail: then now, and not after hours.
-    for problem in (examples[0], eval_problems[0]):
-        for text in ("", f"<answer>{problem.answer}</answer>"):
-            reward.judge(problem, problem.prefill + text)
-    prompts = evaluation.encode_prompts(tokenizer, examples + eval_problems)
-    longest = max(len(prompt) for prompt in prompts)
-    policy.check_context(model, longest, config.max_new_tokens)
-    check_search_size(config, vocabulary=model.get_output_embeddings().weight.shape[0])
-    head = load_head(config, source, model)
-    reference = None
-    if config.loss == "apo":
-        reference, _ = policy.load_policy(config.model, dtype=torch.float32, device=device)
-        reference.requires_grad_(False)
-    return model, tokenizer, head, reference, file_problems, eval_problems
-
-
-def load_problems(config):
-    """(problems of --train-file or None, evaluation problems).  Raises ValueError, OSError."""
-    any_answer = bool(config.reward)
-    file_problems = None
-    if config.train_file:
-        file_problems = data.read_problems(config.train_file, any_answer=any_answer)
-    if config.eval_file:
-        eval_problems = data.read_problems(config.eval_file, any_answer=any_answer)
-        eval_problems = eval_problems[: config.eval_problems]
-    else:
-        eval_problems = data.eval_problems(config.eval_problems, config.digits, config.prompt)
-    return file_problems, eval_problems
-
-
-def check_search_size(config, vocabulary):
-    """Raise ValueError if a search is asked for more leaves than can exist within its bounds."""
-    # Each node that a search expands adds at most V - 1 leaves to a tree of one.  At depth T there
-    # are at most V^T.
-    T = config.max_new_tokens
-    most = min(config.max_nodes * (vocabulary - 1) + 1, vocabulary ** min(T, 64))
-    if config.rollout == "astar" and config.rollouts_per_problem > most:
-        raise ValueError(
-            f"--rollouts-per-problem: within --max-nodes {config.max_nodes} and "
-            f"--max-new-tokens {T} only {most} different completions can exist"
-        )
-
-
-def load_head(config, source, model):
-    """The value head of a checkpoint, or a new one.  Raises ValueError if it does not fit."""
-    torch.manual_seed(config.seed)  # for the head's first layer; nothing else is drawn from torch
-    head = value_module.ValueHead(model.config.get_text_config().hidden_size)
-    if source:
-        try:
-            head.load_state_dict(load_file(os.path.join(source, "value.safetensors")))
-        except RuntimeError:
-            raise ValueError(f"{source}: its value head is of another model size") from None
-    return head
-
-
-def make_optimizer(model, head, config):
-    """AdamW with two groups of parameters, whose learning rates `set_learning_rates` sets.
-
-    Adam's usual beta2 of 0.999, which the head keeps, averages over a thousand steps.  A run may
-    have no more than that in all: too long for a policy that changes.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": trained, "betas": (0.9, 0.95)}, {"params": list(head.parameters())}]
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-
-
-# --------------------------------------------------------------------------------------- The phases
-
-
-def draw_problems(config, iteration, ranks, file_problems):
-    """This rank's share of the iteration's problems, and their global numbers."""
-    N = config.problems_per_iteration
-    indices = list(fsdp.rank_slice(N, ranks))
-    problems = []
-    for i in indices:
-        if file_problems:  # the epochs of a file count from 0
-            problem = data.pick_problem(file_problems, config.seed, iteration - 1, i, N)
-        else:
-            problem = data.train_problem(
-                config.seed, iteration, i, digits=config.digits, style=config.prompt
-            )
-        problems.append(problem)
-    return problems, indices
-
-
-def generate_rollouts(
-    model, tokenizer, problems, indices, config, reward, *, iteration, value_function, kind, K
-):
-    """Search or sample completions for problems, `rollout_batch` of them in lock-step.
-
-    indices: the problems' global numbers, by which the noise is keyed.  kind: "astar" or "sample".
-    value_function: guide of the search, or None for h = 0.  K: leaves or samples a problem.
-    Returns one Rollouts on the CPU.
-    """
-    keys = astar_search.root_keys(config.seed, iteration, indices)
-    parts = []
-    # A rank may have no problems.  It gets an empty Rollouts, from one empty chunk.
-    for start in range(0, max(1, len(problems)), config.rollout_batch):
-        chunk = slice(start, start + config.rollout_batch)
-        until = None
-        if config.until_right == "on":
-            until = evaluation.right_leaf_test(
-                tokenizer, problems[chunk], reward, config.max_new_tokens
-            )
-        options = astar_search.Options(
-            eos=policy.stop_tokens(model, tokenizer),
-            K=K,
-            tau=config.tau,
-            width=config.width,
-            max_new_tokens=config.max_new_tokens,
-            max_nodes=config.max_nodes,
-            max_open=config.max_open,
-            cover=config.cover if config.cover < 1 else math.inf,
-            until=until,
-        )
-        prompts = evaluation.encode_prompts(tokenizer, problems[chunk])
-        expander = astar_search.Expander(model, prompts, config.max_new_tokens, value_function)
-        if kind == "astar":
-            trees = astar_search.search(keys[chunk], expander, options)
-        else:
-            trees = astar_search.sample(keys[chunk], expander, options)
-        rollouts = astar_search.collect(trees, expander)
-        rollouts.problem += start
-        parts.append(rollouts)
-    return astar_search.concatenate(parts)
-
-
-def leaf_weights(rollouts, config):
-    """(B,) weights of the leaves that sum to one within each problem.
-
-    Leaves of a search are no samples of pi.  Weighted pi/q (at tau = 0: pi) they stand for all
-    completions.  With --leaf-weights off, each counts alike.
-    """
-    if config.leaf_weights == "on":
-        weight = rollouts.weight
-    else:
-        weight = rollouts.count.float()
-    return policy.normalise_weights(weight, rollouts.problem)
-
-
-@torch.no_grad()
-def score_rollouts(model, rollouts, indices, config, iteration, device):
-    """log pi (B, T-1) of rollouts under a model, by the forward that the update uses.
-
-    It runs the micro-batches of the first epoch, so that the update's first forward computes the
-    same numbers again.
-    """
-    log_probs = torch.zeros_like(rollouts.log_probs)
-    for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch=0):
-        for rows in minibatch:
-            part = rollouts.select(rows, device)
-            log_prob, _, _ = policy.score(model, part.tokens, part.mask)
-            log_probs[rows, : log_prob.shape[1]] = log_prob.cpu()
-    return log_probs
-
-
-def add_apo_columns(run, rollouts, problems, indices, iteration):
-    """What the apo loss needs: `ref_log_probs` (B, T-1), and `optimal_value` V*(x) (B,).
-
-    V* is estimated on samples of the base.  Returns the model tokens of these samples, over all
-    ranks; they count as a cost of the rollouts.
-    """
-    config = run.config
-    with fsdp.full_weights(run.reference):
-        samples = generate_rollouts(
-            run.reference,
-            run.tokenizer,
-            problems,
-            indices,
-            config,
-            run.reward,
-            iteration=iteration,
-            value_function=None,
-            kind="sample",
-            K=config.apo_samples,
-        )
-        rollouts.extra["ref_log_probs"] = score_rollouts(
-            run.reference, rollouts, indices, config, iteration, run.ranks.device
-        )
-    _, verdicts = evaluation.judge_rollouts(
-        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
-    )
-    rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
-    rewards = rewards.repeat_interleave(samples.count).view(len(problems), config.apo_samples)
-    # V*(x) = beta1 log mean exp(r/beta1)
-    optimal_values = policy.optimal_value(rewards, config.beta1)  # (N,)
-    rollouts.extra["optimal_value"] = optimal_values[rollouts.problem]
-    tokens = {"tokens": samples.stats["model_tokens"]}
-    return fsdp.all_reduce_sum(tokens, run.ranks)["tokens"]
-
-
-def learning_rate_scale(config, iteration):
-    """Share of the peak learning rate: linear warm-up, then a cosine down to final_rate.
-
-    iteration counts from 1.  In the warm-up the head's first advantages are noise.
-    """
-    if iteration <= config.warmup:
-        return iteration / config.warmup
-    progress = (iteration - config.warmup) / max(1, config.iterations - config.warmup)
-    # eta(i)/eta = f + (1 - f) (1 + cos(pi p))/2
-    return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def set_learning_rates(optimizer, config, iteration):
-    """Of the policy and of the value head, for this iteration."""
-    scale = learning_rate_scale(config, iteration)
-    policy_group, head_group = optimizer.param_groups
-    policy_group["lr"] = config.learning_rate * scale
-    head_group["lr"] = config.value_learning_rate * scale
-
-
-def deal_minibatches(rollouts, indices, config, iteration, epoch):
-    """This rank's part of each minibatch, as micro-batches of rows: [[rows, ...], ...].
-
-    Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration,
-    epoch).  So a minibatch is the same on any number of ranks, and a rank's part may be empty.  The
-    leaves of a problem are weighted against each other, so they stay together.
-    """
-    N = config.problems_per_iteration
-    order = list(range(N))
-    random.Random(f"order {config.seed} {iteration} {epoch}").shuffle(order)
-    minibatch_of = {}  # global number of a problem -> number of its minibatch
-    for place, index in enumerate(order):
-        minibatch_of[index] = place * config.minibatches // N
-    numbers = [minibatch_of[indices[p]] for p in rollouts.problem.tolist()]
-    numbers = torch.tensor(numbers, dtype=torch.int64)
-    minibatches = []
-    for number in range(config.minibatches):
-        rows = torch.nonzero(numbers == number).squeeze(1)
-        minibatches.append(split_by_length(rows, rollouts.length, config.micro_batch))
-    return minibatches
-
-
-def split_by_length(rows, length, most):
-    """Rows -> micro-batches of at most `most` rows, in order of length, to save padding.
-
-    The longest of a micro-batch is at most a quarter longer than the shortest.  The number and
-    order of micro-batches change nothing but rounding.
-    """
-    micro_batches = []
-    current = []
-    shortest = None
-    for row in rows[length[rows].argsort(stable=True)].tolist():
-        full = len(current) == most
-        if not current or full or length[row] > 1.25 * shortest:
-            current = []
-            micro_batches.append(current)
-            shortest = length[row]
-        current.append(row)
-    return [torch.tensor(micro_batch) for micro_batch in micro_batches]
-
-
-def minibatch_totals(rollouts, minibatch, ranks):
-    """Weighted tokens and leaves of a minibatch over all ranks: {"tokens": x, "leaves": y}."""
-    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *minibatch])
-    weight = rollouts.extra["leaf_weight"][rows]
-    tokens = weight[:, None] * rollouts.mask[rows]
-    sums = {"tokens": tokens.sum().item(), "leaves": weight.sum().item()}
-    return fsdp.all_reduce_sum(sums, ranks)
-
-
-def parts_of(minibatch, rollouts, ranks):
-    """Yield the micro-batches of a minibatch as Rollouts on the device, as many on every rank.
-
-    Each backward pass gathers weights from all ranks and adds up their gradients.  So a rank that
-    has fewer micro-batches than another goes on with idle ones: one token, whose weight is 0.
-    """
-    for turn in range(max(fsdp.all_gather(len(minibatch), ranks))):
-        if turn < len(minibatch):
-            yield rollouts.select(minibatch[turn], ranks.device)
-        else:
-            yield idle_part(rollouts).select(torch.tensor([0]), ranks.device)
-
-
-def idle_part(rollouts):
-    """One completion of one token, with weight 0, and the columns of these rollouts."""
-    columns = {}
-    for name, column in rollouts.columns().items():
-        shape = (1, 2) if name == "tokens" else (1,) * column.ndim
-        columns[name] = column.new_zeros(shape)
-    columns["prompt_length"] += 1
-    columns["length"] += 2
-    extra = {}
-    for name, column in rollouts.extra.items():
-        extra[name] = column.new_zeros((1,) * column.ndim)
-    return astar_search.Rollouts(**columns, extra=extra)
-
-
-def add_to(sums, metrics):
-    """Add the metrics of a micro-batch, tensors on the device, to the sums of its minibatch."""
-    for name, number in metrics.items():
-        sums[name] = sums.get(name, 0.0) + number
-
-
-def reduce_metrics(sums, ranks):
-    """Sums of a minibatch, tensors on the device -> numbers, over all ranks."""
-    numbers = torch.stack(list(sums.values())).tolist()  # one copy from the device
-    return fsdp.all_reduce_sum(dict(zip(sums, numbers)), ranks)
-
-
-def check_finite(metrics, iteration):
-    """Raise FloatingPointError at a NaN or an infinity, before the step that would spread it."""
-    for name, number in metrics.items():
-        if not math.isfinite(number):
-            raise FloatingPointError(f"iteration {iteration}: {name} is {number}")
-
-
-def mean_metrics(steps):
-    """Metrics of an iteration: means over its optimiser steps, and the KL before the first."""
-    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    means["first_kl"] = steps[0]["approx_kl"]  # no step was made: pi_theta is still pi_old
-    return means
-
-
-# ------------------------------------------------------------------------------------------ The log
-
-
-def summarise(rollouts, texts, verdicts, problems, ranks):
-    """What the rollouts of an iteration say, over all ranks: a dict for metrics.jsonl.
-
-    Means are weighted by leaf.  At tau = 1 they estimate expectations under pi; at tau = 0 they
-    describe what the search found.
-    """
-    weight = rollouts.extra["leaf_weight"]
-    rewards = rollouts.extra["rewards"]
-    correct = [verdict["correct"] for verdict in verdicts]
-    distinct = set()  # right completions
-    for problem, text, is_correct in zip(rollouts.problem.tolist(), texts, correct):
-        if is_correct:
-            distinct.add((problem, text))
-    lengths = (rollouts.length - rollouts.prompt_length).float()
-    per_problem = {
-        "reward_mean": (weight * rewards).sum().item(),
-        "rollout_accuracy": (weight * torch.tensor(correct, dtype=torch.float32)).sum().item(),
-        "unique_correct": len(distinct),
-        "leaves": len(rollouts),
-        "mass": rollouts.stats["mass"],
-        "truncated": (weight * rollouts.truncated.float()).sum().item(),
-        "completion_length": (weight * lengths).sum().item(),
-    }
-    counts = {name: rollouts.stats[name] for name in ("model_tokens", "forwards", "pruned")}
-    returns = value_module.monte_carlo_returns(rewards, rollouts.mask)
-    moments = policy.variance_sums(rollouts.values, returns, weight[:, None] * rollouts.mask)
-    # The ranks exchange sums, never means: a rank with two problems would weigh like one with many.
-    sums = {**per_problem, **counts, **moments, "problems": len(problems)}
-    total = fsdp.all_reduce_sum(sums, ranks)
-    row = {name: total[name] / total["problems"] for name in per_problem}
-    row["explained_variance"] = policy.explained_variance(total)
-    for name in counts:
-        row[name] = total[name]
-    row["stopped"] = fsdp.all_reduce_sum(rollouts.stats["stopped"], ranks)
-    return row
-
-
-def sample_rows(config, iteration, indices, rollouts, texts, verdicts, problems, ranks):
-    """Rows for samples.jsonl: one leaf of each of a few problems, wherever their ranks are.
-
-    Problems and leaves are chosen by (seed, iteration).
-    """
-    N = config.problems_per_iteration
-    rng = random.Random(f"samples {config.seed} {iteration}")
-    chosen = rng.sample(range(N), min(config.samples, N))
-    rows = []
-    for p, index in enumerate(indices):
-        leaves = torch.nonzero(rollouts.problem == p).squeeze(1).tolist()
-        if index not in chosen or not leaves:
-            continue
-        leaf = random.Random(f"leaf {config.seed} {iteration} {index}").choice(leaves)
-        row = {
-            "iteration": iteration,
-            "prompt": problems[p].prompt,
-            "completion": texts[leaf],
-            "truth": problems[p].answer,
-            **verdicts[leaf],
-            "weight": rollouts.extra["leaf_weight"][leaf].item(),
-            "log_pi": rollouts.log_pi[leaf].item(),
-            "f": rollouts.f[leaf].item(),
-        }
-        rows.append((index, row))
-    gathered = []
-    for rank_rows in fsdp.all_gather(rows, ranks):
-        gathered.extend(rank_rows)
-    gathered.sort(key=operator.itemgetter(0))  # by the problem's number
-    return [row for _, row in gathered]
-
-
-def evaluate(run):
-    """Accuracy and other figures on the held-out problems: the result of evaluation.evaluate."""
-    config = run.config
-    with fsdp.full_weights(run.model, run.head):
-        result, _ = evaluation.evaluate(
-            run.model,
-            run.tokenizer,
-            run.eval_problems,
-            run.reward,
-            run.ranks,
-            decode=config.eval_decode,
-            n=config.eval_completions,
-            max_new_tokens=config.max_new_tokens,
-            value_function=run.value_function,
-            width=config.width,
-            max_nodes=config.max_nodes,
-            batch=config.rollout_batch,
-        )
-    return result
-
-
-def log_row(run, row):
-    """Complete the row of an iteration, in place, and write it to metrics.jsonl and the loggers.
-
-    What is added: an evaluation if it is time for one, and the seconds.
-    """
-    config = run.config
-    iteration = row["iteration"]
-    if iteration % config.eval_every == 0 or iteration == config.iterations:
-        run.clock.enter("evaluation")
-        result = evaluate(run)
-        run.clock.enter("other")
-        run.evaluated[iteration] = result["accuracy"]
-        row["eval_accuracy"] = result["accuracy"]
-        row["eval_format"] = result["format"]
-        row["eval_accuracy_by_difficulty"] = result["accuracy_by_difficulty"]
-        row["eval_length"] = result["completion_length"]
-    row["seconds"] = run.clock.seconds()
-    if run.ranks.is_main:
-        fsdp.append_rows(run.path("metrics.jsonl"), [row])
-        for logger in run.loggers:
-            logger.log(flat_numbers(row), iteration)
-
-
-def flat_numbers(row):
-    """The numbers of a row by name; those of a nested dict as group/name."""
-    numbers = {}
-    for name, entry in row.items():
-        if isinstance(entry, (int, float)):
-            numbers[name] = entry
-        elif isinstance(entry, dict):
-            for key, number in entry.items():
-                if isinstance(number, (int, float)):
-                    numbers[f"{name}/{key}"] = number
-    return numbers
-
-
-class WandbLogger:
-    """--wandb: Weights & Biases.  Raises ValueError where it refuses."""
-
-    def __init__(self, config):
-        import wandb
-
-        try:
-            self.run = wandb.init(
-                project="apo", name=config.output_dir, config=dataclasses.asdict(config)
-            )
-        except Exception as error:  # nobody is logged in, there is no network, ...
-            raise ValueError(f"--wandb: {' '.join(str(error).split())}") from None
-
-    def log(self, numbers, iteration):
-        """The numbers of an iteration, by name."""
-        self.run.log(numbers, iteration)
-
-
-class TensorBoardLogger:
-    """--tensorboard: TensorBoard's files, in the output folder."""
-
-    def __init__(self, config, first_iteration):
-        self.folder = config.output_dir
-        self.first_iteration = first_iteration  # a resumed run takes back what lies after it
-        self.writer = None  # opened by the first row, when the folder is this run's
-
-    def log(self, numbers, iteration):
-        """The numbers of an iteration, by name."""
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(self.folder, purge_step=self.first_iteration)
-        for name, number in numbers.items():
-            self.writer.add_scalar(name, number, iteration)
-        self.writer.flush()
-
-
-def open_loggers(config, first_iteration):
-    """The loggers that the flags ask for.  Raises ValueError."""
-    loggers = []
-    if config.wandb:
-        loggers.append(WandbLogger(config))
-    if config.tensorboard:
-        loggers.append(TensorBoardLogger(config, first_iteration))
-    return loggers
-
-
-def count_parameters(parameters):
-    """Numbers in all of these tensors, with commas."""
-    return f"{sum(parameter.numel() for parameter in parameters):,}"
-
-
-def print_start(run, companions):
-    """What runs where, and from where."""
-    config = run.config
-    trained = run.optimizer.param_groups[0]["params"]
-    run.say(
-        f"{config.model}: {count_parameters(run.model.parameters())} parameters, "
-        f"{count_parameters(trained)} trained; "
-        f"value head {count_parameters(run.head.parameters())}"
-    )
-    run.say(
-        f"{config.rollout}, {config.loss}, on {run.ranks.device}, ranks: {run.ranks.world_size}, "
-        f"of {torch.get_num_threads()} threads"
-    )
-    if companions:
-        flags = " ".join(f"{flag_name(name)} {value}" for name, value in companions.items())
-        run.say(f"with --rollout {config.rollout} --loss {config.loss} come {flags}")
-    if config.resume:
-        source = run.source or "the beginning: there is no checkpoint yet"
-        run.say(f"resumed from {source}, after iteration {run.iteration}")
-
-
-def print_iteration(run, row):
-    """One line for the terminal."""
-    n = row["iteration"]
-    evaluated = f"  | eval {run.evaluated[n]:.3f}" if n in run.evaluated else ""
-    run.say(
-        f"{n:4d}/{run.config.iterations}  accuracy {row['rollout_accuracy']:.3f}  "
-        f"reward {row['reward_mean']:+.2f}  length {row['completion_length']:5.1f}  "
-        f"leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
-        f"entropy {row['entropy']:.2f}  tokens {run.model_tokens:,d}  "
-        f"seconds {row['seconds']:.0f}{evaluated}"
-    )
-
-
-def print_end(run):
-    """Accuracies, cost, and where the files are."""
-    if run.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-    accuracies = ", ".join(f"{x:.3f} after {i}" for i, x in run.evaluated.items())
-    run.say(
-        f"\n{run.config.eval_decode} accuracy on {len(run.eval_problems)} held-out problems: "
-        f"{accuracies or 'none since the resume'}"
-    )
-    seconds = run.clock.seconds()
-    run.clock.enter("other")
-    phases = [f"{name} {t:.0f} s" for name, t in run.clock.phases.items() if name != "other"]
-    run.say(
-        f"{run.model_tokens:,} model tokens in {seconds:.0f} s ({', '.join(phases)}); "
-        f"peak memory of a rank {peak:.2f} GiB"
-    )
-    metrics, samples = run.path("metrics.jsonl"), run.path("samples.jsonl")
-    run.say(f"metrics: {metrics}   rollouts: {samples}   model: {run.saved}")
-
-
-# -------------------------------------------------------------------------------- Saving, stopping
-
-
-def save(run):
-    """Write OUTPUT/checkpoint_iter_N, then remove older ones.  A collective.
-
-    No random state is in it: problems, noise and order are functions of (seed, iteration, index).
-    """
-    run.clock.enter("checkpoint")
-    state = {
-        "iteration": run.iteration,
-        "model_tokens": run.model_tokens,
-        "seconds": run.clock.seconds(),
-        "reward_bounds": run.reward.bounds,
-        "config": dataclasses.asdict(run.config),
-    }
-    folder = run.path(f"checkpoint_iter_{run.iteration}")
-    run.saved = fsdp.save_checkpoint(
-        folder, run.model, run.tokenizer, run.head, run.optimizer, state, run.ranks
-    )
-    if run.ranks.is_main:  # only now may an older one go
-        fsdp.prune_checkpoints(run.config.output_dir, run.iteration, run.config.keep_checkpoints)
-    run.clock.enter("other")
-
-
-class StopSignals:
-    """SIGTERM (a scheduler's) and Ctrl-C, kept until the loop asks for them.
-
-    So an iteration happens whole or not at all.
-    """
-
-    def __init__(self, ranks):
-        self.ranks = ranks
-        self.received = []
-        self.handlers = {}  # those that were there before
-
-    def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.handlers[number] = signal.signal(number, self.keep)
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def keep(self, number, frame):
-        """The handler of both signals."""
-        self.received.append(number)
-
-    def first(self):
-        """The first signal that any rank has received, or None; all ranks agree.  A collective."""
-        for received in fsdp.all_gather(self.received, self.ranks):
-            if received:
-                return received[0]
-        return None
-
-
-def failure_sentence(error, ranks):
-    """One line for a failure that is expected to happen to a user; None for a bug."""
-    rank = f"rank {ranks.rank}: " if ranks.world_size > 1 else ""
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or "
-            "--max-nodes (see examples/memory.py)"
-        )
-    if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError)):
-        return f"{rank}{error}"
-    if isinstance(error, NoLeafError):
-        return f"{rank}{error}"
-    if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
-        return f"{rank}another rank has ended, and its own message says why"
-    return None
-
-
-class NoLeafError(Exception):
-    """No search of an iteration found a completion within its bounds."""
-
-
-@contextlib.contextmanager
-def explain_failures(run):
-    """Inside, an expected failure ends the process with one line and status 1.
-
-    A bug keeps its traceback.  Either way the output folder is released.
-    """
-    try:
-        yield
-    except Exception as error:
-        sentence = failure_sentence(error, run.ranks)
-        if sentence is None:
-            raise
-        last = run.saved or "none"
-        print(f"train.py: stopped: {sentence}; the last good checkpoint is {last}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if run.lock is not None:
-            os.close(run.lock)
-
-
-def print_stop(run, stop_signal):
-    """Say what stopped the run and how to go on.  Returns the exit status."""
-    name, status = "SIGTERM", 0
-    if stop_signal == signal.SIGINT:
-        name, status = "Ctrl-C", 130
-    if run.saved:
-        go_on = f"go on from {run.saved} with the same flags and --resume auto"
-    else:
-        go_on = "there is nothing to keep yet"
-    run.say(
-        f"train.py: stopped by {name} after iteration {run.iteration}; {go_on}", file=sys.stderr
-    )
-    return status
-
-
-# ----------------------------------------------------------------------------------------- The loop
-
-
-def main(argv=None):
-    config, arguments, parser = parse_arguments(argv)
-    try:
-        run = set_up(config, arguments)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    if arguments.eval_only:
-        run.say(evaluation.format_report(evaluate(run)))
-        return fsdp.shutdown(run.ranks)
-
-    print_start(run, arguments.companions)
-    ranks, reward = run.ranks, run.reward
-    policy_parameters, head_parameters = (group["params"] for group in run.optimizer.param_groups)
-    # Nodes of a search wake Python's collector often.  It need not look at what is here already.
-    gc.freeze()
-    stop_signal = None
-    with explain_failures(run), StopSignals(ranks) as signals:
-        if not run.source:
-            row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
-            log_row(run, row)
-            run.say(
-                f"before: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, "
-                f"format {row['eval_format']:.3f}"
-            )
-
-        for iteration in range(run.iteration + 1, config.iterations + 1):
-            stop_signal = signals.first()
-            if stop_signal is not None:
-                break
-
-            # ------------------------------------------------ 1. Rollouts: A* search, or sampling
-            run.clock.enter("rollouts")
-            problems, indices = draw_problems(config, iteration, ranks, run.file_problems)
-            # Whole weights on every rank: each search runs as many forwards as it needs.
-            with fsdp.full_weights(run.model, run.head):
-                rollouts = generate_rollouts(
-                    run.model,
-                    run.tokenizer,
-                    problems,
-                    indices,
-                    config,
-                    reward,
-                    iteration=iteration,
-                    value_function=run.value_function,
-                    kind=config.rollout,
-                    K=config.rollouts_per_problem,
-                )
-
-            # ------------------------------------------------------------------------ 2. Rewards
-            texts, verdicts = evaluation.judge_rollouts(
-                rollouts, run.tokenizer, problems, reward, config.max_new_tokens
-            )
-            rewards = torch.tensor([verdict["reward"] for verdict in verdicts])  # (B,)
-
-            # -------------------------------------------------- 3. Leaf weights and advantages
-            mask = rollouts.mask  # (B, T-1)
-            leaf_weight = leaf_weights(rollouts, config)  # (B,)
-            soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)  # (B,)
-            if config.loss == "em":
-                advantage = policy.em_advantages(soft_targets, leaf_weight, rollouts.problem)
-                advantages = advantage[:, None] * mask
-            elif config.loss == "grpo":
-                advantage = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)
-                advantages = advantage[:, None] * mask
-            else:
-                advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
-            rollouts.extra = {
-                "rewards": rewards,
-                "soft_targets": soft_targets,
-                "leaf_weight": leaf_weight,
-                "advantages": advantages,
-            }
-            summary = summarise(rollouts, texts, verdicts, problems, ranks)
-            if summary["leaves"] == 0:
-                raise NoLeafError(
-                    f"iteration {iteration}: no search found a completion "
-                    f"within --max-nodes {config.max_nodes}"
-                )
-            model_tokens = summary.pop("model_tokens")
-            if config.loss == "apo":
-                model_tokens += add_apo_columns(run, rollouts, problems, indices, iteration)
-            run.clock.enter("update")
-            if config.mixed_precision == "bf16":
-                # bfloat16 rounds the search's log pi otherwise than the update's.  pi_old must be
-                # the update's, or the ratio would not be 1 before the first step.
-                with fsdp.full_weights(run.model):
-                    rollouts.log_probs = score_rollouts(
-                        run.model, rollouts, indices, config, iteration, ranks.device
-                    )
-
-            # --------------------------------------------------------------------- 4. The update
-            set_learning_rates(run.optimizer, config, iteration)
-            run.model.train()
-            steps = []  # metrics of each optimiser step
-            for epoch in range(config.epochs):
-                for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch):
-                    # What the losses are divided by is counted before the first backward, over
-                    # all ranks.  So the parts below are terms of one sum.
-                    totals = minibatch_totals(rollouts, minibatch, ranks)
-                    if totals["tokens"] == 0:
-                        continue  # no search of this minibatch found a leaf, on any rank
-                    sums = {}
-                    for part in parts_of(minibatch, rollouts, ranks):
-                        log_prob, entropy, hidden = run.score(part.tokens, part.mask)
-                        # A leaf counts by its weight and by its tokens: (B, T-1).
-                        token_weights = part.extra["leaf_weight"][:, None] * part.mask
-                        token_weights = token_weights / totals["tokens"]
-                        if config.loss == "apo":
-                            policy_loss, metrics = policy.apo_loss(
-                                log_prob=log_prob,
-                                ref_log_prob=part.extra["ref_log_probs"],
-                                mask=part.mask,
-                                rewards=part.extra["rewards"],
-                                optimal_values=part.extra["optimal_value"],
-                                beta2=config.beta2,
-                                leaf_weights=part.extra["leaf_weight"] / totals["leaves"],
-                            )
-                        else:  # em, grpo and ppo differ in their advantages alone
-                            policy_loss, metrics = policy.ppo_loss(
-                                log_prob=log_prob,
-                                old_log_prob=part.log_probs,
-                                advantages=part.extra["advantages"],
-                                entropy=entropy,
-                                token_weights=token_weights,
-                                clip=config.clip,
-                                entropy_coef=config.entropy_coef,
-                            )
-                        V, u_logit = run.head(hidden)
-                        head_loss, head_metrics = value_module.value_loss(
-                            values=V,
-                            u_logit=u_logit,
-                            returns=value_module.monte_carlo_returns(
-                                part.extra["rewards"], part.mask
-                            ),
-                            targets=value_module.monte_carlo_returns(
-                                part.extra["soft_targets"], part.mask
-                            ),
-                            token_weights=token_weights,
-                        )
-                        # FSDP averages gradients over the ranks; these losses are to be added up.
-                        ((policy_loss + head_loss) * ranks.world_size).backward()
-                        ratio_metrics = policy.ratio_metrics(
-                            log_prob=log_prob,
-                            old_log_prob=part.log_probs,
-                            entropy=entropy,
-                            token_weights=token_weights,
-                            clip=config.clip,
-                        )
-                        add_to(sums, {**metrics, **ratio_metrics, **head_metrics})
-                    measured = reduce_metrics(sums, ranks)
-                    # Each group is clipped by its own norm: neither shrinks the other's step.
-                    policy_norm = clip_grad_norm_(policy_parameters, config.grad_clip)
-                    clip_grad_norm_(head_parameters, config.grad_clip)
-                    measured["grad_norm"] = fsdp.full_tensor(policy_norm).item()
-                    check_finite(measured, iteration)
-                    run.optimizer.step()
-                    run.optimizer.zero_grad(set_to_none=True)
-                    steps.append(measured)
-            run.model.eval()
-            run.iteration = iteration
-            run.model_tokens += model_tokens
-            run.clock.enter("other")
-
-            # ---------------------------------------------------- 5. Log, evaluate, checkpoint
-            row = {
-                "iteration": iteration,
-                "seconds": 0.0,
-                "model_tokens": run.model_tokens,
-                **summary,
-                **mean_metrics(steps),
-                "learning_rate": config.learning_rate * learning_rate_scale(config, iteration),
-            }
-            log_row(run, row)
-            samples = sample_rows(
-                config, iteration, indices, rollouts, texts, verdicts, problems, ranks
-            )
-            if ranks.is_main:
-                fsdp.append_rows(run.path("samples.jsonl"), samples)
-            print_iteration(run, row)
-            if iteration % config.checkpoint_every == 0 or iteration == config.iterations:
-                save(run)
-
-        # After a stop: what the last iterations learned is kept.
-        unsaved = not run.saved.endswith(f"checkpoint_iter_{run.iteration}")
-        if stop_signal is not None and run.iteration > 0 and unsaved:
-            save(run)
-
-    if stop_signal is not None:
-        return fsdp.shutdown(ranks, print_stop(run, stop_signal))
-    print_end(run)
-    return fsdp.shutdown(ranks)
-
-
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        print("train.py: stopped by Ctrl-C", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        what = f": {interrupt}" if str(interrupt) else ""  # what a reward was doing
+        print(f"train.py: stopped by Ctrl-C{what}", file=sys.stderr)
         sys.exit(130)
     except reward_module.RewardError as error:  # of --eval-only
         sys.exit(f"train.py: {error}")

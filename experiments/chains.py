@@ -75,11 +75,12 @@ def steps_right(text, way):
 def tokens_to_first_right(draws, generator):
     """(tokens, found) of samples drawn one after the other, in an order of their own.
 
-    Prefixes are shared, and each is run once.
+    Prefixes are shared, and each is run once.  A completion costs the proper prefixes of it that
+    are new, the prompt among them.
     """
     seen = set()
     for i in torch.randperm(len(draws), generator=generator).tolist():
-        seen.update(draws[i].path_nodes())
+        seen.update(node.parent for node in draws[i].path_nodes())
         if WatchedTree.is_right(draws[i]):
             return len(seen), True
     return len(seen), False
@@ -162,8 +163,9 @@ def main():
         for i in range(args.problems):
             problems.append(data.train_problem(0, 10**6, i, digits, "terse"))
         keys = astar_search.root_keys(0, -2, range(args.problems))
+        prompts = evaluation.encode_prompts(tokenizer, problems)
         WatchedTree.is_right = evaluation.right_leaf_test(
-            tokenizer, problems, reward, MAX_NEW_TOKENS
+            tokenizer, problems, prompts, reward, MAX_NEW_TOKENS
         )
 
         sampling = measure_sampling(model, tokenizer, problems, keys, args.samples)

@@ -78,7 +78,7 @@ def run_watched(argv):
     peaks = {}
     load_policy = policy.load_policy
     generate_rollouts = train.generate_rollouts
-    minibatches = train.minibatches
+    deal_minibatches = train.deal_minibatches
     step = torch.optim.AdamW.step
 
     def watched_load_policy(*args, **kwargs):
@@ -92,9 +92,9 @@ def run_watched(argv):
         peaks["rollouts"] = resident("VmHWM") - before["the model"]
         return result
 
-    def watched_minibatches(*args, **kwargs):
+    def watched_deal_minibatches(*args, **kwargs):
         reset_peak()
-        return minibatches(*args, **kwargs)
+        return deal_minibatches(*args, **kwargs)
 
     def watched_step(*args, **kwargs):
         result = step(*args, **kwargs)
@@ -103,7 +103,7 @@ def run_watched(argv):
 
     policy.load_policy = watched_load_policy
     train.generate_rollouts = watched_rollouts
-    train.minibatches = watched_minibatches
+    train.deal_minibatches = watched_deal_minibatches
     torch.optim.AdamW.step = watched_step
     train.main(argv)
     print("\n" + json.dumps(peaks))

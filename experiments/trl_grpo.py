@@ -3,9 +3,10 @@
     python -m venv trl && trl/bin/pip install -r experiments/requirements.txt
     trl/bin/python experiments/trl_grpo.py --learning-rate 2e-4 --seed 0
 
-256 completions a batch (32 problems x 8), no KL term, clip .2: TRL's own defaults otherwise.  Every 16 batches greedy
-accuracy on the same 500 held-out problems; ends at 80 %.  Appends a row to experiments/results/trl.jsonl that report.py
-reads: `seconds` leaves the evaluations out (compare.py's do not), `model_tokens` counts each prompt once a problem.
+256 completions a batch (32 problems x 8), no KL term, clip .2; TRL's own defaults otherwise.  Every
+16 batches the greedy accuracy on the same 500 held-out problems; ends at 80 %.  Appends a row to
+experiments/results/trl.jsonl.  Its `seconds` leave the evaluations out (compare.py's do not), its
+`model_tokens` count each prompt once a problem.
 """
 
 import argparse
@@ -19,81 +20,150 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+import compare
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 
-import compare  # noqa: E402
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import fsdp  # noqa: E402
-import policy  # noqa: E402
-import reward as reward_module  # noqa: E402
+import data
+import eval as evaluation
+import fsdp
+import policy
+import reward as reward_module
+
+MAX_NEW_TOKENS = 48
+COMPLETIONS = 8  # of a problem
+
+
+class TokenCountingReward:
+    """The same reward, and a count of model tokens: a prompt once a problem, each completion."""
+
+    __name__ = "reward"  # TRL logs it under this name
+
+    def __init__(self, reward, eos):
+        self.reward = reward
+        self.eos = eos
+        self.tokens = 0
+
+    def __call__(self, prompts, completions, completion_ids, truth, **_):
+        """Rewards of a batch, as GRPOTrainer asks for them."""
+        self.tokens += sum(len(ids) for ids in completion_ids)
+        self.tokens += sum(len(prompt) for prompt in prompts) // COMPLETIONS
+        rewards = []
+        for text, answer, ids in zip(completions, truth, completion_ids):
+            truncated = self.eos not in ids
+            verdict = self.reward(text, answer, len(ids) / MAX_NEW_TOKENS, truncated)
+            rewards.append(verdict["reward"])
+        return rewards
+
+
+class Watch(TrainerCallback):
+    """Evaluates every 16 batches, and stops at the target or when the time is over."""
+
+    def __init__(self, model, tokenizer, reward, target, seconds):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.reward = reward
+        self.target = target
+        self.most_seconds = seconds
+        self.problems = data.eval_problems(500, "2", "terse")
+        self.curve = []
+        self.start = time.process_time()
+        self.evaluation_seconds = 0.0
+
+    def measure(self, step):
+        """A point more of the curve."""
+        start = time.process_time()
+        ranks = fsdp.Ranks(0, 1, torch.device("cpu"))
+        result, _ = evaluation.evaluate(
+            self.model, self.tokenizer, self.problems, self.reward.reward, ranks
+        )
+        self.evaluation_seconds += time.process_time() - start
+        seconds = time.process_time() - self.start - self.evaluation_seconds
+        point = {
+            "iteration": step,
+            "seconds": seconds,
+            "model_tokens": self.reward.tokens,
+            "eval_accuracy": result["accuracy"],
+            "unique_correct": 0.0,
+        }
+        self.curve.append(point)
+        print(point, flush=True)
+
+    def on_step_end(self, _, state, control, **__):
+        """Called by the trainer after every batch."""
+        if state.global_step % 16 == 0:
+            self.measure(state.global_step)
+            last = self.curve[-1]
+            if last["eval_accuracy"] >= self.target or last["seconds"] > self.most_seconds:
+                control.should_training_stop = True
+
+
+def make_config(args, folder):
+    """What GRPOTrainer is told."""
+    return GRPOConfig(
+        output_dir=folder,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        max_steps=args.max_steps,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=args.problems * COMPLETIONS,
+        num_generations=COMPLETIONS,
+        max_completion_length=MAX_NEW_TOKENS,
+        beta=0.0,
+        epsilon=0.2,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1000,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=str(ROOT / "tiny_base"))
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--problems", type=int, default=32, help="a batch")
     parser.add_argument("--target", type=float, default=0.8)
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--max-steps", type=int, default=2000)
     args = parser.parse_args()
 
     model, tokenizer = policy.load_policy(args.model)
-    reward, held_out = reward_module.Reward(), data.eval_problems(500, "2", "terse")
-    problems = [data.train_problem(args.seed, 0, i, "2", "terse") for i in range(20000)]
-    dataset = Dataset.from_list([{"prompt": p.prompt, "truth": p.answer} for p in problems])
-    spent, curve, clock = {"tokens": 0, "evaluation": 0.0}, [], {}
-
-    def score(prompts, completions, completion_ids, truth, **_):
-        """The same reward; and the count of model tokens: a prompt once a problem, each completion in full."""
-        spent["tokens"] += sum(map(len, completion_ids)) + sum(len(p) for p in prompts) // 8
-        eos = tokenizer.eos_token_id
-        return [
-            reward(text, answer, len(ids) / 48, eos not in ids)["reward"]
-            for text, answer, ids in zip(completions, truth, completion_ids)
-        ]
-
-    class Watch(TrainerCallback):
-        def measure(self, step, control=None):
-            start = time.process_time()
-            result, _ = evaluation.evaluate(model, tokenizer, held_out, reward, fsdp.Ranks(0, 1, torch.device("cpu")))
-            spent["evaluation"] += time.process_time() - start
-            seconds = time.process_time() - clock["start"] - spent["evaluation"]
-            curve.append(
-                {
-                    "iteration": step,
-                    "seconds": seconds,
-                    "model_tokens": spent["tokens"],
-                    "eval_accuracy": result["accuracy"],
-                    "unique_correct": 0.0,
-                }
-            )
-            print(curve[-1], flush=True)
-            if control and (result["accuracy"] >= args.target or seconds > args.seconds):
-                control.should_training_stop = True
-
-        def on_step_end(self, _, state, control, **__):
-            if state.global_step % 16 == 0:
-                self.measure(state.global_step, control)
-
+    reward = TokenCountingReward(reward_module.Reward(), tokenizer.eos_token_id)
+    examples = []
+    for i in range(20000):
+        problem = data.train_problem(args.seed, 0, i, "2", "terse")
+        examples.append({"prompt": problem.prompt, "truth": problem.answer})
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder, learning_rate=args.learning_rate, seed=args.seed, max_steps=2000, lr_scheduler_type="constant",
-            per_device_train_batch_size=args.problems * 8, num_generations=8, max_completion_length=48, beta=0.0, epsilon=0.2,
-            use_cpu=True, bf16=False, report_to="none", save_strategy="no", logging_steps=1000, disable_tqdm=True, gradient_checkpointing=False,
-        )  # fmt: skip
+        watch = Watch(model, tokenizer, reward, args.target, args.seconds)
         trainer = GRPOTrainer(
-            model, score, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[watch := Watch()]
+            model,
+            reward,
+            args=make_config(args, folder),
+            train_dataset=Dataset.from_list(examples),
+            processing_class=tokenizer,
+            callbacks=[watch],
         )
-        clock["start"] = time.process_time()
+        watch.start = time.process_time()
         watch.measure(0)
         trainer.train()
-    row = {"setting": f"TRL GRPO; lr {args.learning_rate:g}", "seed": args.seed, "flags": f"--problems-per-iteration {args.problems}",
-           "cpu": compare.cpu(), "threads": torch.get_num_threads(), "cpu_seconds": curve[-1]["seconds"], "curve": curve}  # fmt: skip
+    row = {
+        "setting": f"TRL GRPO; lr {args.learning_rate:g}",
+        "seed": args.seed,
+        "flags": f"--problems-per-iteration {args.problems}",
+        "cpu": compare.cpu(),
+        "threads": torch.get_num_threads(),
+        "cpu_seconds": watch.curve[-1]["seconds"],
+        "curve": watch.curve,
+    }
     compare.write("trl", row)
 
 

@@ -1,6 +1,8 @@
 """Put the repository root on the path, and hold what several test files need.
 
 The files under test are flat modules, not a package.  The functions start ranks and read a run.
+All of it, and every process that a test starts, computes with one thread: two would wait for each
+other, and sums in another order have other last digits.
 """
 
 import json
@@ -11,6 +13,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
 
 
 def launch(ranks, *command, cwd=ROOT, **options):

@@ -1,118 +1,124 @@
-"""One batch of rollouts and one optimiser step in float64, then a run; started by test_fsdp.py.
+"""Three runs of train.py on however many ranks start this, two of them in float64.
 
-    torchrun --standalone --nproc_per_node=2 tests/ranks_worker.py OUT FLAGS OF TRAIN.PY
+    torchrun --standalone --nproc_per_node=2 tests/ranks_worker.py OUT FLAGS OF THE THIRD RUN
 
-Works on any number of ranks.  Writes OUT/WORLD_SIZE.json (token ids of every leaf by problem) and
-OUT/WORLD_SIZE.safetensors (by how much a step of plain gradient descent with rate 1 moved each
-weight: the gradient).  Then it runs train.py with the flags: both share the seconds of the start.
+test_fsdp.py starts it.  The float64 runs are one optimiser step each, on 7 problems and on 2.  Each
+writes OUT/W_PROBLEMS.json (W ranks; the token ids of the leaves of every problem, and the metrics)
+and OUT/W_PROBLEMS.safetensors (the gradients).  In float64 what the ranks may differ by, rounding,
+is far below what a wrong gradient would show.  The third run is train.py as it is.  They share one
+start, because starting torch on W ranks costs seconds.
 """
 
 import json
 import os
 import sys
+from unittest import mock
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import eval as evaluation
 import fsdp
 import policy
 import train
-import value as value_module
 
-BOUNDS = (-1.0, 1.1)  # of the reward
+FLAGS = """
+    --config ppo --rollouts-per-problem 3 --max-new-tokens 12 --micro-batch 4 --minibatches 1
+    --grad-clip 1e9 --iterations 1 --eval-problems 5 --device cpu
+""".split()
 
-
-def small_config():
-    """PPO on 7 problems, one optimiser step with learning rate 1."""
-    options = dict(train.PPO)
-    options.update(
-        problems_per_iteration=7,
-        rollouts_per_problem=3,
-        max_new_tokens=12,
-        micro_batch=4,
-        minibatches=1,
-        learning_rate=1.0,
-        value_learning_rate=1.0,
-        warmup=0,
-        grad_clip=1e9,
-        iterations=10**9,
-    )
-    return train.Config(**options)
+load_policy = policy.load_policy
+load_head = train.load_head
+generate_rollouts = train.generate_rollouts
+found = {}  # global problem number -> token ids of its leaves; of this rank's problems
 
 
-def add_credit(rollouts, config):
-    """What the losses need, from a reward that needs no right answers: the sum of the token ids."""
-    rewards = []
-    for ids in rollouts.completions():
-        rewards.append(1.0 if sum(ids) % 3 == 0 else -1.0)
-    rewards = torch.tensor(rewards)
-    rollouts.extra = {
-        "rewards": rewards,
-        "leaf_weight": policy.normalise_weights(rollouts.weight, rollouts.problem),
-        "advantages": value_module.gae(rewards, rollouts.values, rollouts.mask, 0.95),
-        "soft_targets": value_module.soft_target(rewards, *BOUNDS, config.beta),
-    }
+def load_policy_in_float64(name, dtype=None, **options):
+    return load_policy(name, dtype=torch.float64, **options)
 
 
-def leaves_of_all(rollouts, indices, ranks):
-    """Token ids of every leaf of every rank, a list by global problem number."""
-    leaves = {}
-    for p, ids in zip(rollouts.problem.tolist(), rollouts.completions()):
-        leaves.setdefault(indices[p], []).append(ids)
-    found = {}
-    for rank_leaves in fsdp.all_gather(list(leaves.items()), ranks):
-        found.update(rank_leaves)
-    return [found[p] for p in sorted(found)]
-
-
-def one_batch(out, ranks):
-    """Rollouts and one step in float64; write the leaves and the gradient."""
-    config = small_config()
-    model, tokenizer = policy.load_policy(config.model, torch.float64)
-    torch.manual_seed(0)
-    head = value_module.ValueHead(model.config.hidden_size).double()
-    # A noisy h: the search must not be steered by rank or batch.
+def load_noisy_head_in_float64(config, source, model):
+    """A head that steers the search by noise: it must not be another on another rank or batch."""
+    head = load_head(config, source, model).double()
     torch.nn.init.normal_(head.outer.weight)
-    before = {}
-    for module in (model, head):
-        for name, tensor in fsdp.named_tensors(module).items():
-            before[name] = tensor.clone()
-    model = fsdp.shard(model, ranks, policy.transformer_blocks(model))
-    head = fsdp.shard(head, ranks)
+    return head
 
-    problems, indices = train.draw_problems(config, 1, ranks, None)
-    with fsdp.full_weights(model, head):
-        rollouts = train.generate_rollouts(
-            model,
-            tokenizer,
-            problems,
-            indices,
-            config,
-            None,
-            value_function=evaluation.value_function(head, BOUNDS, config.beta),
-            kind="astar",
-            K=3,
-            iteration=1,
-        )
-    add_credit(rollouts, config)
 
-    # The step: to be written anew when the loop of train.py is there (train.update goes).
-    groups = [{"params": list(module.parameters())} for module in (model, head)]
-    optimizer = torch.optim.SGD(groups, lr=1.0)
-    score = fsdp.with_fsdp_hooks(model, policy.score)
-    learned = train.update(model, score, head, optimizer, rollouts, indices, config, 1, ranks)
+class LetterReward:
+    """+1 or -1 by the letters of a completion.
 
-    leaves = leaves_of_all(rollouts, indices, ranks)
-    after = fsdp.full_state(fsdp.named_tensors(model), ranks)
-    after.update(fsdp.full_state(fsdp.named_tensors(head), ranks))
+    The real reward is the lowest for nearly all completions so early, and would teach nothing.
+    """
+
+    bounds = (-1.0, 1.1)
+
+    def judge(self, problem, completion, length_fraction=0.0, truncated=False):
+        right = sum(completion.encode()) % 3 == 0
+        reward = 1.0 if right else -1.0
+        return {"reward": reward, "correct": right, "formatted": True, "answer": completion}
+
+
+def load_letter_reward(*flags):
+    return LetterReward()
+
+
+def generate_and_keep_rollouts(model, tokenizer, problems, indices, *others, **options):
+    rollouts = generate_rollouts(model, tokenizer, problems, indices, *others, **options)
+    if options.get("stream", 0) == 0:  # the others are not trained on
+        for p, ids in zip(rollouts.problem.tolist(), rollouts.completions()):
+            found.setdefault(indices[p], []).append(ids)
+    return rollouts
+
+
+def stay(ranks, status=0):
+    """Instead of fsdp.shutdown: the next run needs the ranks too."""
+    assert status == 0
+
+
+def first_gradients(folder):
+    """The gradients of a run of one optimiser step: Adam's first moment is then (1 - beta1) g."""
+    gradients = {}
+    for name, moment in load_file(f"{folder}/checkpoint_iter_1/optimizer.safetensors").items():
+        if name.endswith(".exp_avg"):
+            assert moment.dtype == torch.float64, name
+            gradients[name] = moment / (1 - 0.9)
+    return gradients
+
+
+def first_metrics(folder):
+    """The row of the first iteration, without what depends on the ranks by design."""
+    with open(f"{folder}/metrics.jsonl") as file:
+        row = json.loads(file.readlines()[1])
+    del row["seconds"]
+    del row["forwards"]  # of all ranks together: each runs its own
+    return row
+
+
+def run_in_float64(out, problems, ranks):
+    """One iteration of train.py on so many problems, in float64; writes OUT/W_PROBLEMS.*"""
+    name = f"{out}/{ranks.world_size}_{problems}"
+    folder = f"{name}_run"
+    flags = [*FLAGS, "--problems-per-iteration", str(problems), "--output-dir", folder]
+    if ranks.world_size > 1:
+        flags.append("--distributed")
+    found.clear()
+    with (
+        mock.patch.object(policy, "load_policy", load_policy_in_float64),
+        mock.patch.object(train, "load_head", load_noisy_head_in_float64),
+        mock.patch.object(train.reward_module, "load_reward", load_letter_reward),
+        mock.patch.object(train, "generate_rollouts", generate_and_keep_rollouts),
+        mock.patch.object(fsdp, "shutdown", stay),
+    ):
+        train.main(flags)
+    leaves = {}
+    for rank_leaves in fsdp.all_gather(list(found.items()), ranks):
+        leaves.update(rank_leaves)
     if ranks.is_main:
-        with open(f"{out}/{ranks.world_size}.json", "w") as file:
-            json.dump({"leaves": leaves, "learned": learned}, file)
-        moved = {name: before[name] - tensor for name, tensor in after.items()}
-        save_file(moved, f"{out}/{ranks.world_size}.safetensors")
+        leaves = [leaves[p] for p in sorted(leaves)]
+        with open(f"{name}.json", "w") as file:
+            json.dump({"leaves": leaves, "metrics": first_metrics(folder)}, file)
+        save_file(first_gradients(folder), f"{name}.safetensors")
 
 
 def failure_of(where, function, ranks):
@@ -125,7 +131,7 @@ def failure_of(where, function, ranks):
 
 
 def check_collectives(ranks):
-    """Every rank hears of all values and of every failure, whoever has it."""
+    """Every rank learns all values and every failure, whichever rank has it."""
     W = ranks.world_size
     last = W - 1
 
@@ -157,10 +163,12 @@ def check_collectives(ranks):
 
 
 def main():
+    out, *flags = sys.argv[1:]
     ranks = fsdp.init_ranks("WORLD_SIZE" in os.environ, "cpu")
     check_collectives(ranks)
-    one_batch(sys.argv[1], ranks)
-    train.main(sys.argv[2:])  # leaves the ranks at its end
+    run_in_float64(out, 7, ranks)
+    run_in_float64(out, 2, ranks)
+    train.main(flags)  # ends with fsdp.shutdown
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ every_file_but_tests = pytest.mark.parametrize("path", NO_TESTS)
 every_top_file = pytest.mark.parametrize("path", TOP)
 
 
-# --------------------------------------------------------------------- What a syntax tree says
+# -------------------------------------------------------------------------- What a syntax tree says
 
 
 def names_read(tree):
@@ -103,7 +103,7 @@ def word_lines(path):
     return len(words)
 
 
-# ------------------------------------------------------------------------- The eight, and who imports
+# ------------------------------------------------------------------------- The eight, their imports
 
 
 def test_the_eight_files_are_the_only_ones_at_the_top():
@@ -187,15 +187,21 @@ def names_made(node):
     return {part.id for part in parts if isinstance(part, ast.Name)}
 
 
-@every_file_but_tests
-def test_nothing_at_the_top_level_is_unused(path):
-    """A function, class or variable is read somewhere: in its file, in another, or in a test."""
-    read = set()
+@pytest.fixture(scope="module")
+def names_read_anywhere():
+    """Every name that any file of the repository reads or imports from another."""
+    names = set()
     for tree in TREES.values():
-        read |= names_read(tree)
-        read |= {imported for _, imported, _ in imports(tree)}
+        names |= names_read(tree)
+        names |= {imported for _, imported, _ in imports(tree)}
+    return names
+
+
+@every_file_but_tests
+def test_nothing_at_the_top_level_is_unused(path, names_read_anywhere):
+    """A function, class or variable is read somewhere: in its file, in another, or in a test."""
     for node in TREES[path].body:
-        unused = names_made(node) - read
+        unused = names_made(node) - names_read_anywhere
         assert not unused, f"{path}, line {node.lineno}: nothing reads {sorted(unused)}"
 
 
@@ -215,7 +221,7 @@ def test_every_flag_is_read():
         assert field in read, f"nothing reads config.{field}"
 
 
-# ---------------------------------------------------------------------------- How it is written
+# -------------------------------------------------------------------------------- How it is written
 
 
 @every_file
@@ -278,7 +284,7 @@ def test_the_loop_of_training_is_near_the_margin():
     assert loop.col_offset <= 2 * 4
 
 
-# ------------------------------------------------------------------------ The newcomer's check
+# ----------------------------------------------------------------------------- The newcomer's check
 
 
 @every_top_file

@@ -239,15 +239,18 @@ def test_em_advantages_ascend_the_soft_value():
     targets = soft_target(EM_REWARDS, -40.0, 1.0, EM_BETA)
     weight = log_pi.exp().detach()
     problem = torch.zeros(4, dtype=torch.int64)
-    advantages = policy.em_advantages(targets, weight, problem)
+    some_right = EM_REWARDS == 1.0
+    advantages = policy.em_advantages(targets, weight, problem, correct=some_right)
     (gradient,) = torch.autograd.grad((weight * advantages * log_pi).sum(), logits)
     assert torch.allclose(gradient, exact, atol=1e-9)
 
 
 def test_em_advantages_of_some_leaves():
-    """Over some of the leaves w A is pi* among them; with only wrong leaves it is almost nothing.
+    """Over some of the leaves w A is pi* among them; with only wrong leaves it is exactly nothing.
 
-    Guards against a Z of another problem, and imitation of wrong leaves where none is right.
+    Guards against a Z of another problem, and imitation of wrong leaves where none is right: A was
+    2e-5 there, and Adam made a full step of it.  Also at a beta at which wrong leaves have targets
+    like right ones.
     """
     pi = torch.log_softmax(EM_LOGITS, 0).exp()
     # Two problems: of the first, leaves 0 and 1 and 3 were found; of the second, only wrong ones.
@@ -255,20 +258,27 @@ def test_em_advantages_of_some_leaves():
     problem = torch.tensor([0, 0, 0, 1, 1])
     targets = soft_target(EM_REWARDS, -1.0, 1.0, EM_BETA)
     weight = policy.normalise_weights(pi[rows], problem)
-    weighted = weight * policy.em_advantages(targets[rows], weight, problem)
+    correct = EM_REWARDS[rows] == 1.0
+    weighted = weight * policy.em_advantages(targets[rows], weight, problem, correct)
     posterior = pi[rows[:3]] * targets[rows[:3]]
     assert torch.allclose(weighted[:3], posterior / posterior.sum())
-    assert weighted[3] == 0
-    assert weighted[4] == pytest.approx(targets[2].item())
+    assert weighted[3:].eq(0).all()
+    warm_targets = soft_target(EM_REWARDS, -1.0, 1.0, 100.0)
+    assert warm_targets[2] > 0.2
+    warm = policy.em_advantages(warm_targets[rows], weight, problem, correct)
+    assert warm[3:].eq(0).all()
+    assert warm[:3].ne(0).any()
 
 
 def test_em_advantages_without_a_target_or_without_leaves():
     """Guards against 0/0 where every target is 0, and against an error on an empty batch."""
     one_problem = torch.zeros(2, dtype=torch.int64)
-    advantages = policy.em_advantages(torch.zeros(2), torch.ones(2) / 2, one_problem)
+    right = torch.ones(2, dtype=torch.bool)
+    advantages = policy.em_advantages(torch.zeros(2), torch.ones(2) / 2, one_problem, right)
     assert advantages.eq(0).all()
     no_problem = torch.zeros(0, dtype=torch.int64)
-    assert len(policy.em_advantages(torch.zeros(0), torch.zeros(0), no_problem)) == 0
+    nothing = policy.em_advantages(torch.zeros(0), torch.zeros(0), no_problem, right[:0])
+    assert len(nothing) == 0
 
 
 def test_optimal_value_by_hand():

@@ -9,6 +9,7 @@ child at once.  All seeds are fixed.  A chi-square test passes if its p-value is
 beside each one stands a planted wrong sampler whose p-value must be below.
 """
 
+import functools
 import heapq
 import math
 import os
@@ -243,7 +244,7 @@ def test_mix64_is_splitmix64():
 def test_root_keys_name_the_problem_and_not_the_rank():
     """Keys from a problem's place in its batch would change with the number of ranks.
 
-    Or they would repeat on every rank.
+    Or they would repeat on every rank.  Another stream has keys of its own.
     """
     all_keys = root_keys(7, 3, range(6))
     assert root_keys(7, 3, [5, 2]) == [all_keys[5], all_keys[2]]
@@ -251,7 +252,8 @@ def test_root_keys_name_the_problem_and_not_the_rank():
     for seed in range(3):
         for iteration in range(3):
             keys.update(root_keys(seed, iteration, range(100)))
-    assert len(keys) == 900
+            keys.update(root_keys(seed, iteration, range(100), stream=1))
+    assert len(keys) == 1800
 
 
 def test_gumbel_has_the_moments_of_a_gumbel_and_no_infinities():
@@ -304,6 +306,15 @@ def large_vocabulary(scale, unit):
     return logits.log_softmax(dim=-1)
 
 
+def parents_and_keys():
+    """Four parents (g, G, key), and their keys."""
+    keys = root_keys(0, 0, range(4))
+    parents = []
+    for g, key in zip((0.0, -3.0, -40.0, -900.0), keys):
+        parents.append((g, g + gumbel(torch.tensor(key)).item(), key))
+    return parents, torch.tensor(keys)
+
+
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("scale, unit", [(1.0, 0), (8.0, 0), (0.0, 0), (1.0, 0.25)])
 def test_a_large_vocabulary_has_the_children_of_a_full_sort(tau, scale, unit):
@@ -313,10 +324,7 @@ def test_a_large_vocabulary_has_the_children_of_a_full_sort(tau, scale, unit):
     """
     log_probs = large_vocabulary(scale, unit)
     h = torch.full((4, 1), 0.7)
-    keys = root_keys(0, 0, range(4))
-    parents = []
-    for g, key in zip((0.0, -3.0, -40.0, -900.0), keys):
-        parents.append((g, g + gumbel(torch.tensor(key)).item(), key))
+    parents, _ = parents_and_keys()
     fast = astar_search.top_children_fast(log_probs, h, parents, tau, 9)
     full = astar_search.top_children(log_probs, h, parents, tau, 9)
 
@@ -330,17 +338,14 @@ def test_a_large_vocabulary_has_the_children_of_a_full_sort(tau, scale, unit):
         np.testing.assert_allclose(fast[name][possible], full[name][possible], rtol=1e-12)
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.5])
-def test_equal_children_come_in_the_order_of_their_tokens(tau):
-    """The screening must know that it cannot tell equal children apart."""
+def test_equal_children_come_in_the_order_of_their_tokens():
+    """And the screening knows that it cannot tell them apart."""
     log_probs = large_vocabulary(scale=0.0, unit=0)
-    keys = root_keys(0, 0, range(4))
-    _, certain = astar_search.screen_tokens(log_probs, torch.tensor(keys), 0.0, 9)
+    parents, keys = parents_and_keys()
+    full = astar_search.top_children(log_probs, torch.full((4, 1), 0.7), parents, 0.0, 9)
+    assert (full["token"][1:] == np.arange(9)).all()
+    _, certain = astar_search.screen_tokens(log_probs, keys, 0.0, 9)
     assert not certain[1:].any()
-    if tau == 0:
-        parents = [(0.0, 0.0, key) for key in keys]
-        full = astar_search.top_children(log_probs, torch.zeros(4, 1), parents, tau, 9)
-        assert (full["token"][1:] == np.arange(9)).all()
 
 
 def test_children_that_float32_cannot_tell_apart():
@@ -449,16 +454,37 @@ def test_tau_is_a_temperature():
 # ------------------------------------------------------------------------------- Theorem 5: weights
 
 
+def reward_estimates(table, searches):
+    """The sum of weight * r over the leaves of each search; searches as in `bias`."""
+    return [sum(weight * table.rewards[y] for y, weight in leaves) for leaves in searches]
+
+
+def mean_reward(table):
+    """E_pi[r]."""
+    return sum(math.exp(g) * table.rewards[y] for y, g in table.leaves.items())
+
+
+@functools.cache
+def gumbel_searches(table, K):
+    """2,500 searches under a constant h at tau = 1, made once for all tests that look at them."""
+    return run(table, "constant", n=2500, K=K, tau=1.0)
+
+
 def standard_errors_off(estimates, exact):
     """Distance of the mean of the estimates from `exact`, in standard errors of the mean."""
     error = np.std(estimates) / len(estimates) ** 0.5
     return abs(np.mean(estimates) - exact) / error
 
 
-def bias(table, trees, least=0.0):
+def weighted_leaves(trees):
+    """[(completion, weight pi/q), ...] of each search."""
+    return [[(y, leaf.weight) for leaf, y in leaves_and_paths(tree)] for tree in trees]
+
+
+def bias(table, searches, least=0.0):
     """Bias of sum (pi/q) r and of sum pi/q over the leaves, the larger one, in standard errors.
 
-    Only completions with pi > least count.
+    searches: [(completion, weight), ...] of each.  Only completions with pi > least count.
     """
     common = [y for y, g in table.leaves.items() if math.exp(g) > least]
     rewards = {y: table.rewards[y] for y in common}
@@ -467,9 +493,8 @@ def bias(table, trees, least=0.0):
     for values in (rewards, ones):
         exact = sum(math.exp(table.leaves[y]) * value for y, value in values.items())
         estimates = []
-        for tree in trees:
-            terms = [leaf.weight * values.get(y, 0) for leaf, y in leaves_and_paths(tree)]
-            estimates.append(sum(terms))
+        for leaves in searches:
+            estimates.append(sum(weight * values.get(y, 0) for y, weight in leaves))
         worst = max(worst, standard_errors_off(estimates, exact))
     return worst
 
@@ -478,7 +503,8 @@ def bias(table, trees, least=0.0):
 @pytest.mark.parametrize("table", TABLES[:2])
 def test_weighted_leaves_are_unbiased(table, K):
     """Theorem 5: sum of (pi/q) r over K leaves has the mean E_pi[r], and sum of pi/q the mean 1."""
-    assert bias(table, run(table, "constant", n=2500, K=K, tau=1.0)) < 4
+    trees = gumbel_searches(table, K)
+    assert bias(table, weighted_leaves(trees)) < 4
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.8])
@@ -490,7 +516,7 @@ def test_weighted_leaves_are_unbiased_at_other_temperatures(tau):
     error to be known.
     """
     trees = run(TABLES[0], "constant", n=2500, K=3, tau=tau)
-    assert bias(TABLES[0], trees, least=0.02) < 4
+    assert bias(TABLES[0], weighted_leaves(trees), least=0.02) < 4
 
 
 @pytest.mark.parametrize("table", TABLES[:2])
@@ -499,12 +525,60 @@ def test_a_perturbed_phi_is_biased(table):
 
     With its perturbed key as phi, a leaf that was lucky counts as one that was likely.
     """
-    trees = run(table, "constant", n=2500, K=2, tau=1.0)
-    for tree in trees:
+    searches = []
+    for tree in gumbel_searches(table, K=2):
         kappa = -tree.queue[0][0]
-        for leaf in tree.leaves:
-            leaf.weight = math.exp(leaf.g - log_inclusion(leaf.G + leaf.h, kappa, 1.0))
-    assert bias(table, trees) > 8
+        wrong = []
+        for leaf, y in leaves_and_paths(tree):
+            log_q = log_inclusion(leaf.G + leaf.h, kappa, 1.0)
+            wrong.append((y, math.exp(leaf.g - log_q)))
+        searches.append(wrong)
+    assert bias(table, searches) > 8
+
+
+@functools.cache
+def covered_searches(table):
+    """2,500 searches at tau = 1 that end with one leaf more than hold a fifth of pi."""
+    return run(table, "constant", n=2500, K=10_000, tau=1.0, cover=0.2)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_weighted_leaves_of_a_covered_search_are_unbiased(table):
+    """The sum of weight * r has the mean E_pi[r].
+
+    The last leaf stands for all that was not found.
+    """
+    trees = covered_searches(table)
+    for tree in trees[:20]:
+        *others, last = tree.leaves
+        assert [leaf.weight for leaf in others] == [math.exp(leaf.g) for leaf in others]
+        assert last.weight == pytest.approx(1 - sum(leaf.weight for leaf in others))
+    estimates = reward_estimates(table, weighted_leaves(trees))
+    assert standard_errors_off(estimates, mean_reward(table)) < 4
+
+
+def test_other_weights_of_a_covered_search_are_biased():
+    """Two plausible bugs, which the test above must see.
+
+    The draws decide when the search stops, so pi/q is biased.  So is the sum if the last leaf is
+    the one that reached the mass: the stop depends on it.
+    """
+    table = TABLES[3]
+    pi_over_q = []
+    one_leaf_less = []
+    for tree in covered_searches(table):
+        kappa = -tree.queue[0][0]
+        leaves = []
+        for leaf, y in leaves_and_paths(tree):
+            leaves.append((y, math.exp(leaf.g - log_inclusion(leaf.g + leaf.h, kappa, 1.0))))
+        pi_over_q.append(leaves)
+
+        leaves = [(y, math.exp(leaf.g)) for leaf, y in leaves_and_paths(tree)]
+        *others, (last, _) = leaves[:-1]
+        one_leaf_less.append([*others, (last, 1 - sum(weight for _, weight in others))])
+    for searches in (pi_over_q, one_leaf_less):
+        estimates = reward_estimates(table, searches)
+        assert standard_errors_off(estimates, mean_reward(table)) > 8
 
 
 def gumbel_but_not_at_the_root(key):
@@ -523,7 +597,7 @@ def test_a_fixed_root_gumbel_is_biased(monkeypatch, table):
     monkeypatch.setattr(astar_search, "gumbel", gumbel_but_not_at_the_root)
     trees = run(table, "constant", n=2500, K=2, tau=1.0)
     assert p_value(first_leaves(trees), normalised(table.leaves)) > 1e-4
-    assert bias(table, trees) > 8
+    assert bias(table, weighted_leaves(trees)) > 8
 
 
 def test_inclusion_by_hand():
@@ -547,23 +621,21 @@ def same_row(row):
     return expand
 
 
-def test_plain_weights_of_unlikely_leaves():
-    """tau = 0 and leaves of log pi -200, -201, -201, -210, less than float32 holds.
+def test_weights_without_noise_are_shares_of_pi():
+    """At tau = 0 each leaf is weighted by its share of the leaves' pi.
 
-    Only the ratios of their weights count, and these are kept.  Guards against 0/0 when the weights
-    are normalised.  Likely leaves weigh pi itself.
+    By hand for likely leaves.  Leaves of log pi -200, -201, -201 and -202, less than float32 holds,
+    have the shares of 0, -1, -1 and -2: guards against 0/0.
     """
-    unlikely = torch.tensor([-100.0, -101.0, -110.0], dtype=torch.float64)
     likely = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    unlikely = torch.tensor([-100.0, -101.0, -110.0], dtype=torch.float64)
     options = Options(eos=(9,), K=4, tau=0.0, max_new_tokens=2)
     weights = []
-    for row in (unlikely, likely):
+    for row in (likely, unlikely):
         (tree,) = search(root_keys(0, 0, [0]), same_row(row), options)
         weights.append(torch.tensor([leaf.weight for leaf in tree.leaves]))
-    first = weights[0][0]
-    assert first > 0
-    assert torch.allclose(first / weights[0][1:], torch.tensor([1.0, 1.0, 2.0]).exp())
-    assert torch.allclose(weights[1], torch.tensor([0.25, 0.15, 0.15, 0.1]))
+    assert torch.allclose(weights[0], torch.tensor([0.25, 0.15, 0.15, 0.1]) / 0.65)
+    assert torch.allclose(weights[1], torch.tensor([0.0, -1.0, -1.0, -2.0]).softmax(dim=0))
 
 
 def test_weights_of_leaves_too_long_for_a_float():
@@ -602,7 +674,7 @@ def facts(tree):
 def assert_invariant(guide, **settings):
     """Search every table alone, in a batch and in the reversed batch, at every width.
 
-    Each problem keeps its own key.  All facts must be the same; they are returned, one dict a table.
+    Each problem keeps its own key.  All facts must be the same.  Returns them, one dict a table.
     """
     N = len(TABLES)
     keys = root_keys(5, 1, range(N))
@@ -732,13 +804,19 @@ def textbook_search(table, guide, key, options):
     leaves = []
     pops = 0
     mass = 0.0
-    while queue and len(leaves) < options.K and mass < options.cover:
+    more_leaves = options.K
+    while queue and more_leaves > 0:
         if not is_leaf(queue[0][1]) and pops >= options.max_nodes:
             break
         _, s, g, G, key = heapq.heappop(queue)
         if is_leaf(s):
             leaves.append(s)
+            more_leaves -= 1
+            covered_before = mass >= options.cover
             mass += math.exp(g)
+            if mass >= options.cover and not covered_before:
+                # At tau = 1 one more leaf stands for the rest of pi.
+                more_leaves = min(more_leaves, 1 if tau == 1 else 0)
             continue
         pops += 1
         child_g = g + torch.from_numpy(table.log_probs[s])
@@ -823,6 +901,28 @@ def test_ties_break_by_path():
             assert paths(tree) == every[:K]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rounding_error_loses_no_child(seed):
+    """A node that is asked again may answer with other last digits, and so in another order.
+
+    The six children of the root differ by 1e-12 only, and by another 1e-12 in each answer.  h is
+    -50 below them, so all are opened before the first leaf, two of them known at first (K = 1).
+    None may be lost, and none may come twice.
+    """
+    V = 6
+    generator = torch.Generator().manual_seed(seed)
+    opened = []
+
+    def expand(nodes):
+        opened.extend(node for node in nodes if node.depth == 1)
+        noise = 1e-12 * torch.randn(len(nodes), V, dtype=torch.float64, generator=generator)
+        h = torch.tensor([[0.0 if node.depth == 0 else -50.0] for node in nodes])
+        return noise - math.log(V), h
+
+    search([1], expand, Options(eos=(9,), K=1, tau=0.0, max_new_tokens=2))
+    assert sorted(node.token for node in set(opened)) == list(range(V))
+
+
 # ------------------------------------------------------------------------------- Bounds and reasons
 
 
@@ -858,13 +958,16 @@ def test_max_nodes_returns_what_was_found_so_far():
         assert len(tree.leaves) > 0
 
 
-def test_cover_stops_as_soon_as_the_mass_is_reached():
-    """Not a leaf earlier, not a leaf later."""
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_cover_stops_as_soon_as_the_mass_is_reached(tau):
+    """Not a leaf earlier, not a leaf later; at tau = 1 with one more leaf, for the rest of pi."""
     for table in TABLES:
-        (tree,) = run(table, K=10_000, cover=0.8)
+        (tree,) = run(table, K=10_000, tau=tau, cover=0.8)
         masses = [math.exp(table.leaves[y]) for y in paths(tree)]
         assert tree.stopped == "covered"
         assert tree.mass == pytest.approx(sum(masses))
+        if tau == 1:
+            masses.pop()
         assert sum(masses[:-1]) < 0.8 <= sum(masses)
 
 
@@ -891,8 +994,9 @@ def test_a_beam_of_K_loses_nothing_when_h_is_constant():
         pruned = [tree for tree in beam if tree.pruned]
         assert pruned
         assert all(len(tree.queue) <= 5 for tree in beam)
-        for tree in pruned:
-            assert all(leaf.weight == math.exp(leaf.g) for leaf in tree.leaves)
+        for tree in pruned:  # kappa was forgotten, so each leaf has its share of the leaves' pi
+            shares = torch.tensor([leaf.g for leaf in tree.leaves]).softmax(dim=0).tolist()
+            assert [leaf.weight for leaf in tree.leaves] == pytest.approx(shares)
 
 
 def test_a_narrow_beam_forgets():
