@@ -257,11 +257,12 @@ class Tree:
     def weigh_leaves(self):
         """Set the importance weight of each accepted leaf: the sum of weight * r estimates E_pi[r].
 
-        The estimate is unbiased for a constant h, tau > 0 and a search that ended at K leaves, and
-        for one that ended by covered mass at tau = 1.  It is approximate for a learned h, and for
-        a search that ended by `until`, by max_nodes, or by covered mass at tau < 1.  At tau = 0
-        nothing is random, and a pruned queue has forgotten kappa: then there are no importance
-        weights, and each leaf is weighted by its share of the leaves' pi.
+        The estimate is unbiased for a constant h and tau > 0, if every search ends at K leaves, or
+        if every one ends by covered mass at tau = 1.  It is approximate if some searches end the
+        one way and some the other, for a learned h, and for a search that ended by `until`, by
+        max_nodes, or by covered mass at tau < 1.  At tau = 0 nothing is random, and a pruned queue
+        has forgotten kappa: then there are no importance weights, and each leaf is weighted by its
+        share of the leaves' pi.
         """
         if not self.leaves:
             return

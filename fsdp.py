@@ -582,10 +582,11 @@ def try_checkpoint(folder, model, tokenizer, head, optimizer, state, ranks):
     read: a tokenizer that cannot be saved, a full disk.  Raises ValueError with one sentence.
     """
     trial = os.path.join(folder, "checkpoint_trial")
+    aside = os.path.join(folder, ".checkpoint_trial")  # where save_checkpoint writes it
     failure = ""
     if ranks.is_main:  # what a killed trial has left
-        for name in ("checkpoint_trial", ".checkpoint_trial"):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+        shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     try:
         save_checkpoint(trial, model, tokenizer, head, optimizer, state, ranks)
         if ranks.is_main:
@@ -595,6 +596,7 @@ def try_checkpoint(folder, model, tokenizer, head, optimizer, state, ranks):
         failure = f"{type(error).__name__}: {lines[0]}"
     if ranks.is_main:
         shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
     failure = all_gather(failure, ranks)[0]
     if failure:
         raise ValueError(f"--output-dir {folder}: a checkpoint cannot be written there ({failure})")

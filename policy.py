@@ -347,7 +347,6 @@ def grpo_advantages(rewards, weight, problem):
 
     weight: leaf weights.  problem: int64, the leaf's problem.
     """
-    # In double: equal rewards must be centred to exactly 0, because 1e-7/1e-6 would be a signal.
     r = rewards.double()
     w = weight.double()
     total = torch.bincount(problem, w)  # (N,)
@@ -359,6 +358,10 @@ def grpo_advantages(rewards, weight, problem):
 
     # A_i = (r_i - mean) / (standard deviation + 1e-6)
     advantages = centred / (variance[problem].sqrt() + 1e-6)
+    # Equal rewards teach nothing.  Rounding would leave 1e-16/1e-6, and Adam makes a step of it.
+    least = r.new_zeros(len(total)).scatter_reduce(0, problem, r, "amin", include_self=False)
+    most = r.new_zeros(len(total)).scatter_reduce(0, problem, r, "amax", include_self=False)
+    advantages = torch.where((most > least)[problem], advantages, 0.0)
     return advantages.to(rewards.dtype)
 
 
@@ -390,9 +393,10 @@ def optimal_value(rewards, beta1):
 
     rewards (..., n) -> (...).
     """
-    n = torch.tensor(float(rewards.shape[-1]))
-    # V*(x) = beta1 log( 1/n sum_i exp(r_i/beta1) )
-    return beta1 * (torch.logsumexp(rewards / beta1, dim=-1) - n.log())
+    best = rewards.amax(dim=-1, keepdim=True)
+    # V*(x) = beta1 log( 1/n sum_i exp(r_i/beta1) ), with the best reward taken out of the sum.  So
+    # V* of equal rewards is exactly that reward: then nothing is learned, not even from rounding.
+    return best[..., 0] + beta1 * ((rewards - best) / beta1).exp().mean(dim=-1).log()
 
 
 # ------------------------------------------------------------------------------------------- Losses

@@ -178,7 +178,8 @@ def check_flag(field, value):
     raise ValueError(f"{flag_name(field.name)} must be {' and '.join(bounds)}, not {value}")
 
 
-# Draws without replacement from pi, which can be weighted pi/q.
+# Draws without replacement from pi, which can be weighted pi/q.  The search of a problem ends when
+# its leaves hold 80 % of pi, or at 8 leaves.
 GUMBEL_LEAVES = {
     "tau": 1.0,
     "until_right": "off",
@@ -186,7 +187,9 @@ GUMBEL_LEAVES = {
     "rollouts_per_problem": 8,
     "max_nodes": 1024,
 }
-# PPO-clip with GAE on such draws.
+# PPO-clip with GAE on such draws.  Their weights make the losses estimates of expectations under
+# pi, as PPO assumes.  More problems and fewer, larger steps than em needs, because the weight of a
+# right leaf is its probability: small at the start.
 PPO = GUMBEL_LEAVES | {
     "loss": "ppo",
     "problems_per_iteration": 256,
@@ -237,6 +240,11 @@ COMPANIONS = {
 
 
 def main(argv=None):
+    """The command: set up, then one iteration after the other until the end or a signal.
+
+    An iteration is: rollouts by search, their rewards, leaf weights and advantages, the update, the
+    log.  All tensors of rollouts are on the CPU; a micro-batch of them moves to the device.
+    """
     evaluation.make_output_printable()
     config, arguments, parser = parse_arguments(argv)
     try:
@@ -287,6 +295,7 @@ def main(argv=None):
                 )
 
             # ------------------------------------------------------------------------ 2. Rewards
+            # B rollouts: the leaves of all problems, one after the other.
             texts, verdicts = evaluation.judge_rollouts(
                 rollouts, run.tokenizer, problems, reward, config.max_new_tokens
             )
@@ -294,18 +303,23 @@ def main(argv=None):
             correct = torch.tensor([verdict["correct"] for verdict in verdicts], dtype=torch.bool)
 
             # -------------------------------------------------- 3. Leaf weights and advantages
+            # Index t of a grid (B, T-1) is about the token at t+1.  All that needs pi_old is
+            # computed here, once, before the first step moves the policy.
             mask = rollouts.mask  # (B, T-1)
             leaf_weight = leaf_weights(rollouts, config)  # (B,)
             soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)  # (B,)
             if config.loss == "em":
+                # A = t(r)/sum_i w_i t(r_i), times the best t of the problem; t: soft_targets
                 advantage = policy.em_advantages(
                     soft_targets, leaf_weight, rollouts.problem, correct
                 )
                 advantages = advantage[:, None] * mask
             elif config.loss == "grpo":
+                # A = (r - mean)/deviation, within the problem
                 advantage = policy.grpo_advantages(rewards, leaf_weight, rollouts.problem)
                 advantages = advantage[:, None] * mask
             else:
+                # A_t = delta_t + lambda A_(t+1),  delta_t = r_t + V(s_(t+1)) - V(s_t)
                 advantages = value_module.gae(rewards, rollouts.values, mask, config.gae_lambda)
             rollouts.extra = {
                 "rewards": rewards,
@@ -351,6 +365,7 @@ def main(argv=None):
                         token_weights = part.extra["leaf_weight"][:, None] * part.mask
                         token_weights = token_weights / totals["tokens"]
                         if config.loss == "apo":
+                            # sum_i w_i ( beta2 log(pi_theta/pi_ref)(y_i) + V*(x) - r_i )^2
                             policy_loss, metrics = policy.apo_loss(
                                 log_prob=log_prob,
                                 ref_log_prob=part.extra["ref_log_probs"],
@@ -361,6 +376,7 @@ def main(argv=None):
                                 leaf_weights=part.extra["leaf_weight"] / totals["leaves"],
                             )
                         else:  # em, grpo and ppo differ in their advantages alone
+                            # -sum_t w min( ratio A, clip(ratio, 1 - eps, 1 + eps) A )
                             policy_loss, metrics = policy.ppo_loss(
                                 log_prob=log_prob,
                                 old_log_prob=part.log_probs,
@@ -370,6 +386,7 @@ def main(argv=None):
                                 clip=config.clip,
                                 entropy_coef=config.entropy_coef,
                             )
+                        # sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 ); it moves the head alone
                         V, u_logit = run.head(hidden)
                         head_loss, head_metrics = value_module.value_loss(
                             values=V,
@@ -392,6 +409,7 @@ def main(argv=None):
                             clip=config.clip,
                         )
                         add_to(sums, {**metrics, **ratio_metrics, **head_metrics})
+                    # One optimiser step a minibatch, by the gradients of all its parts and ranks.
                     measured = reduce_metrics(sums, ranks)
                     # Each group is clipped by its own norm: neither shrinks the other's step.
                     policy_norm = clip_grad_norm_(policy_parameters, config.grad_clip)
@@ -1215,7 +1233,9 @@ def set_up(config, arguments):
     All that can be wrong is found here, before anything is written; the output folder comes last.
     Raises ValueError or OSError with one sentence.
     """
+    # Everything cheap comes first: a mistake in a flag is told before a model is loaded.
     reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
+    # FSDP does the mixed precision and the offload, so they need it in a single process too.
     bf16 = config.mixed_precision == "bf16"
     ranks = fsdp.init_ranks(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
     if config.cpu_offload and ranks.device.type == "cpu":
@@ -1228,6 +1248,7 @@ def set_up(config, arguments):
             return arguments.checkpoint, {}
         return find_start(config)
 
+    # The main rank reads the folder and tells the others: read by each, it might differ.
     source, state = fsdp.all_gather(fsdp.on_main(find_source, ranks), ranks)[0]
     bounds = list(reward.bounds)
     if state.get("reward_bounds", bounds) != bounds:
@@ -1246,6 +1267,7 @@ def set_up(config, arguments):
                 ) from None
             raise
 
+    # If it fails on one rank it fails on all: no rank waits for one that has given up.
     loaded = fsdp.raise_everywhere(load, ranks)
     model, tokenizer, head, reference, file_problems, eval_problems = loaded
     shard_model = functools.partial(

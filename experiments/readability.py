@@ -142,12 +142,14 @@ def as_text(measures):
 def the_loop(path):
     """[(measure, cell)] of the training loop."""
     tree = ast.parse(path.read_text())
-    main = None
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "main":
-            main = node
-    loops = [node for node in ast.walk(main) if isinstance(node, (ast.For, ast.While))]
-    loops = [loop for loop in loops if calls(loop) & LOOP_CALLS]
+    loops = []
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef) and function.name == "main":
+            for node in ast.walk(function):
+                if isinstance(node, (ast.For, ast.While)) and calls(node) & LOOP_CALLS:
+                    loops.append(node)
+    if not loops:
+        sys.exit(f"readability.py: the training loop is not in main() of {path}")
     loop = min(loops, key=lambda node: node.lineno)
     return [
         ("loop of train.py: line", str(loop.lineno)),

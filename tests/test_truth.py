@@ -112,7 +112,7 @@ def make_rollouts(problem, weight, log_probs=None, values=0.0, **columns):
     return astar_search.Rollouts(**made, stats=stats)
 
 
-# --------------------------------------------------------------------------- Tables to be enumerated
+# -------------------------------------------------------------------------- Tables to be enumerated
 
 EOS = 0
 DEPTH = 4
@@ -245,7 +245,7 @@ def test_apo_draws_its_reference_samples_apart_from_its_rollouts(tmp_path, monke
         assert texts[0] != texts[1]
 
 
-# ------------------------------------------------------------------ A6: nothing right, nothing learnt
+# ---------------------------------------------------------------- A6: nothing right, nothing learnt
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
@@ -321,7 +321,7 @@ def test_an_iteration_without_a_right_leaf_leaves_the_policy_alone(flags, tmp_pa
 
 SOME_RIGHT = """
 def some(problem, completion):
-    return {"reward": float(len(completion) % 2), "correct": problem.prompt in RIGHT}
+    return {"reward": float(len(completion) & 1), "correct": problem.prompt in RIGHT}
 
 some.bounds = (0, 1)
 RIGHT = %r
@@ -386,7 +386,7 @@ def test_which_minibatches_teach(flags, signal_found, teaches):
     assert train.teaches_policy({"signal": signal_found}, config) == teaches
 
 
-# -------------------------------------------------------------------------- A7: the stop by mass
+# ----------------------------------------------------------------------------- A7: the stop by mass
 
 
 @pytest.mark.parametrize("cover", [0.5, 0.8])
@@ -452,7 +452,6 @@ def test_weights_at_a_stop_by_mass_by_hand():
             assert [leaf.weight for leaf in tree.leaves] == pytest.approx(expected)
             seen.add((cover, order))
     assert {(0.5, (0.6, 0.3)), (0.5, (0.6, 0.1)), (0.5, (0.3, 0.6, 0.1))} <= seen
-    assert len(seen) == 4 + 2 + 6 - 2 or len(seen) >= 8
 
 
 def test_an_exhausted_search_has_exact_weights():
@@ -473,7 +472,7 @@ def test_without_random_leaves_the_stop_by_mass_is_at_once(tau):
         assert tree.leaves[0].weight == 1.0
 
 
-# ----------------------------------------------------------------- A8: what the estimates are of
+# -------------------------------------------------------------------- A8: what the estimates are of
 
 
 def summary(rollouts, correct, *flags):
@@ -501,23 +500,23 @@ def test_rollout_accuracy_takes_the_weights_as_they_are():
 
 
 def test_self_normalised_weights_are_too_high_under_a_guide():
-    """A guide that prefers right leaves, tau = 1 and five leaves: E_pi[right] by brute force.
+    """A guide that prefers right leaves, tau = 1 and eight leaves: E_pi[right] by brute force.
 
-    Self-normalised weights told up to 16 % more; the plain sum of pi/q is far closer.
+    Self-normalised weights told up to 16 % more; here the plain sum of pi/q is far closer.
     """
-    table = Table(1)
-    h = {s: table.soft_value(s, beta=0.5) for s in table.log_probs}
+    table = Table(0)
+    h = {s: table.soft_value(s, beta=0.2) for s in table.log_probs}
     right = {y: float(r == 1.0) for y, r in table.rewards.items()}
     exact = sum(table.pi[y] * right[y] for y in right)
     plain = []
     normalised = []
-    for tree in table.searches(1000, h=h, K=3):
+    for tree in table.searches(1000, h=h, K=8):
         values = [right[tuple(leaf.tokens())] for leaf in tree.leaves]
         estimate = sum(leaf.weight * x for leaf, x in zip(tree.leaves, values))
         plain.append(estimate)
         normalised.append(estimate / sum(leaf.weight for leaf in tree.leaves))
-    assert abs(np.mean(plain) - exact) < 0.25 * abs(np.mean(normalised) - exact)
-    assert np.mean(normalised) > exact + 0.02
+    assert abs(np.mean(plain) - exact) < 0.02
+    assert np.mean(normalised) > exact + 0.04
 
 
 def test_explained_variance_is_told_on_fresh_samples(tmp_path, monkeypatch):
@@ -558,7 +557,7 @@ def test_explained_variance_is_told_on_fresh_samples(tmp_path, monkeypatch):
         assert train.fresh_explained_variance(fake, 1) == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------------------- A10: asked once more
+# ----------------------------------------------------------------------------- A10: asked once more
 
 
 class WatchedTree(astar_search.Tree):
@@ -612,7 +611,7 @@ def test_what_is_known_of_a_node_keeps_its_place():
     assert node.has_all_children
 
 
-# ------------------------------------------------------------------------------ B11: checkpoints
+# --------------------------------------------------------------------------------- B11: checkpoints
 
 
 def model_folder(folder, **tokenizer_fields):
@@ -713,7 +712,7 @@ def test_a_run_that_goes_on_elsewhere_tries_a_checkpoint_there(tmp_path, capsys,
     assert tried == [str(tmp_path / "two")]
 
 
-# ----------------------------------------------------------------------------- B12: inputs by content
+# --------------------------------------------------------------------------- B12: inputs by content
 
 OWN_REWARD = """
 import rules
@@ -851,7 +850,7 @@ def test_a_pipe_is_read_once(tmp_path):
     assert train.input_files(config) == {"--train-file": str(pipe)}
 
 
-# --------------------------------------------------------------------------- B13: a reward of one's own
+# ----------------------------------------------------------------------- B13: a reward of one's own
 
 
 def write_reward(folder, body, before=""):
@@ -890,17 +889,17 @@ def test_an_exit_while_the_file_is_loaded_is_an_error_of_the_file(tmp_path, caps
     assert error.startswith("train.py: --reward")
 
 
-FROM_CALL_20_ON = """with open({path!r}, "a") as file:
+FROM_CALL_24_ON = """with open({path!r}, "a") as file:
         file.write("x")
         calls = file.tell()
-    if calls >= 20:
+    if calls >= 24:
         {action}
     return 0.5"""
 
 
 def test_an_exit_in_training_keeps_the_last_checkpoint(tmp_path, capsys):
     """Status 1, the completion and the checkpoint.  It was status 0 and no word."""
-    body = FROM_CALL_20_ON.format(path=str(tmp_path / "calls"), action="raise SystemExit")
+    body = FROM_CALL_24_ON.format(path=str(tmp_path / "calls"), action="raise SystemExit")
     flags = ["--reward", write_reward(tmp_path, body)]
     error = ends(capsys, 1, train.main, words(tmp_path / "run", *flags, iterations=9))
     assert "raised SystemExit" in error
@@ -980,7 +979,7 @@ def test_a_reward_that_hangs_is_stopped_by_a_second_ctrl_c(tmp_path, capsys, mon
     """
     monkeypatch.setattr(train.StopSignals, "PATIENCE", 0.05)
     action = CTRL_C.format(times=2) + "\n        time.sleep(1000)"
-    body = FROM_CALL_20_ON.format(path=str(tmp_path / "calls"), action=action)
+    body = FROM_CALL_24_ON.format(path=str(tmp_path / "calls"), action=action)
     flags = ["--reward", write_reward(tmp_path, body)]
     error = ends(capsys, 130, train.main, words(tmp_path / "run", *flags, iterations=9))
     assert "stopped by a second Ctrl-C: --reward" in error
@@ -995,7 +994,7 @@ def test_a_reward_that_hangs_is_stopped_by_a_second_ctrl_c(tmp_path, capsys, mon
 def test_a_first_ctrl_c_in_a_reward_is_kept(tmp_path, capsys, monkeypatch):
     """Two at once are one: the iteration is finished."""
     action = CTRL_C.format(times=2).replace(".06", "0")
-    body = FROM_CALL_20_ON.format(path=str(tmp_path / "calls"), action=action)
+    body = FROM_CALL_24_ON.format(path=str(tmp_path / "calls"), action=action)
     flags = ["--reward", write_reward(tmp_path, body), "--checkpoint-every", "50"]
     error = ends(capsys, 130, train.main, words(tmp_path / "run", *flags, iterations=9))
     assert "stopped by Ctrl-C after iteration" in error
@@ -1040,7 +1039,7 @@ def test_ctrl_c_during_set_up_says_what_was_running(script, tmp_path, capsys, mo
     assert error.startswith(f"{script}: stopped by Ctrl-C: --reward {reward} was running for the")
 
 
-# ------------------------------------------------------------------------------- B14: files of problems
+# --------------------------------------------------------------------------- B14: files of problems
 
 BOM = b"\xef\xbb\xbf"
 GOOD = b'{"prompt": "1*1=", "answer": 1}\n'
@@ -1082,7 +1081,7 @@ def test_whole_characters_and_marks_at_the_beginning_are_fine(tmp_path):
     assert [problem.prompt for problem in problems] == ["1*1=", "\U0001f600"]
 
 
-# --------------------------------------------------------------------- B15: terminals of other encodings
+# ---------------------------------------------------------------- B15: terminals of other encodings
 
 
 def terminal(encoding):
@@ -1143,7 +1142,7 @@ def test_statistics_in_any_terminal(tmp_path, monkeypatch):
     assert "\\u2192" in printed(sys.stdout)
 
 
-# ------------------------------------------------------------------------- B16: two runs in one folder
+# ---------------------------------------------------------------------- B16: two runs in one folder
 
 
 def test_the_lock_comes_before_the_checkpoints(tmp_path, capsys):
@@ -1178,7 +1177,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_said(
     assert "checkpoint_iter_1 was removed while it was read" in error
 
 
-# --------------------------------------------------------------------------------- B17: threads
+# ------------------------------------------------------------------------------------- B17: threads
 
 
 def test_another_number_of_threads_is_said(inputs, tmp_path, capsys):
@@ -1199,7 +1198,7 @@ def test_another_number_of_threads_is_said(inputs, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-# ---------------------------------------------------------------------------- B18: what the field does
+# ------------------------------------------------------------------------- B18: what the field does
 
 
 @pytest.mark.parametrize(
