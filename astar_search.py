@@ -276,7 +276,9 @@ class Tree:
         elif self.stopped == "covered" and tau == 1:
             # Each leaf stands for itself, but the last, a draw from the rest of pi, for the whole
             # rest.  Given the others that is unbiased, however they decided on the stop (the
-            # sum-and-sample estimator, Kool et al. 2020, arXiv 2002.06043, section 3.2).
+            # sum-and-sample estimator, Kool et al. 2020, arXiv 2002.06043, section 3.2).  Under
+            # another h the last leaf is drawn from the rest of pi exp(h), in favour of what h
+            # likes; only the rest, less than 1 - cover, is affected.
             for leaf in self.leaves:
                 leaf.weight = math.exp(leaf.g)
             last = self.leaves[-1]
@@ -793,7 +795,9 @@ def check_model(model, longest=None, training=False):
     alone = probe_failure(model, prompts=[tokens[:2]], K=1)
     failure = alone or probe_failure(model, prompts=[tokens[:2], tokens[2:]], K=2)
     if failure:
-        raise ValueError(f"{refuse}: {failure}")
+        layers = sorted(set(getattr(model.config, "layer_types", None) or ()))
+        kinds = f"; its layers are of {' and '.join(layers)}" if layers else ""
+        raise ValueError(f"{refuse}: {failure}{kinds}")
     if longest is None:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         longest = min(context or 256, 256)
@@ -917,10 +921,10 @@ def probe_error(model, prompts, K):
 def training_error(model, longest):
     """Largest difference of the logits between training mode and eval mode, in a plain forward.
 
-    512 tokens or so are run, because noise in a router may change only few of them.
+    Up to 256 tokens are run, because noise in a router may change only few of them.
     """
     T = min(longest, 64)
-    tokens = torch.tensor(probe_tokens(model, 8 * T), device=model.device).view(8, T)
+    tokens = torch.tensor(probe_tokens(model, 4 * T), device=model.device).view(4, T)
     with spread_logits(model):
         expected = model(tokens, use_cache=False).logits
         model.train()

@@ -63,7 +63,8 @@ class Config:
     Raises ValueError for a number out of bounds, and for flags that contradict each other.
     """
 
-    # The task
+    # The task: what is asked of which model, and what an answer earns.  Problems are made
+    # (`digits`), or read from files.  The reward is the built-in one, or a function of the user's.
     model: str = flag(TINY_BASE, "folder or hub id of the base model")
     prompt: str = flag("terse", "prompt style", choices=tuple(data.PROMPTS))
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
@@ -73,7 +74,9 @@ class Config:
     format_bonus: float = flag(0.1, "added to the reward of a well-formed completion", low=0)
     length_penalty: float = flag(0.0, "taken off the reward of a completion of full length", low=0)
 
-    # Rollouts
+    # Rollouts: how completions are found.  A search of a problem ends with its first right leaf
+    # (`until_right`), at K leaves, when its leaves hold enough of pi (`cover`), or at `max_nodes`.
+    # `width` and `rollout_batch` trade memory for speed; they never change which leaves are found.
     rollout: str = flag("astar", "A* search, or i.i.d. sampling", choices=("astar", "sample"))
     problems_per_iteration: int = flag(64, "problems an iteration", low=1)
     rollouts_per_problem: int = flag(64, "K: most leaves of a search, or completions drawn", low=1)
@@ -89,7 +92,8 @@ class Config:
     width: int = flag(2, "nodes of one problem that a round may evaluate at once", low=1)
     rollout_batch: int = flag(256, "problems searched in lock-step", low=1)
 
-    # Losses
+    # Losses: what is made of the leaves.  em, ppo and grpo are one clipped loss with different
+    # advantages; apo is a regression that needs samples of the base.  See policy.py.
     loss: str = flag("em", "policy loss", choices=("ppo", "grpo", "em", "apo"))
     gae_lambda: float = flag(0.95, "lambda of GAE (ppo)", low=0, high=1)
     clip: float = flag(0.2, "epsilon of PPO's clip (ppo, grpo, em)", above=0)
@@ -98,7 +102,8 @@ class Config:
     beta2: float = flag(0.001, "apo: temperature of the regression", above=0)
     apo_samples: int = flag(8, "apo: samples of the base a problem for V*", low=1)
 
-    # Optimisation
+    # Optimisation: an iteration makes epochs * minibatches optimiser steps on its rollouts.  The
+    # policy and the value head have learning rates of their own, on one schedule.
     iterations: int = flag(360, "iterations in all", low=1)
     epochs: int = flag(2, "passes over the rollouts of an iteration", low=1)
     minibatches: int = flag(2, "optimiser steps a pass", low=1)
@@ -117,7 +122,8 @@ class Config:
         "off", "bf16: compute in it, keep weights and moments in float32", choices=("off", "bf16")
     )
 
-    # The run
+    # The run: where it runs, what it writes and how often.  Apart from the seed, none of these
+    # changes what is learned.
     seed: int = flag(0, "of problems, noise and order: same seed, same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
@@ -227,6 +233,7 @@ PRESETS = {
         "cover": 0.9,
     },
 }
+# Flags that come with another.
 # The defaults belong together: 64 leaves, plain A* and a stop at the first right one suit em alone.
 # So these flags bring others along, unless the preset or the user sets them.
 COMPANIONS = {
@@ -346,7 +353,9 @@ def main(argv=None):
                     )
 
             # --------------------------------------------------------------------- 4. The update
-            set_learning_rates(run.optimizer, config, iteration)
+            scale = learning_rate_scale(config, iteration)
+            for group in run.optimizer.param_groups:
+                group["lr"] = scale * group["peak"]
             # Eval mode, as in the rollouts: some models are random in training mode.  transformers
             # recomputes activations in training mode only; check_model has compared the two.
             run.model.train(config.gradient_checkpointing == "on")
@@ -408,7 +417,8 @@ def main(argv=None):
                             token_weights=token_weights,
                             clip=config.clip,
                         )
-                        add_to(sums, {**metrics, **ratio_metrics, **head_metrics})
+                        for name, number in {**metrics, **ratio_metrics, **head_metrics}.items():
+                            sums[name] = sums.get(name, 0.0) + number
                     # One optimiser step a minibatch, by the gradients of all its parts and ranks.
                     measured = reduce_metrics(sums, ranks)
                     # Each group is clipped by its own norm: neither shrinks the other's step.
@@ -436,7 +446,7 @@ def main(argv=None):
                 "model_tokens": run.model_tokens,
                 **summary,
                 **mean_metrics(steps),
-                "learning_rate": config.learning_rate * learning_rate_scale(config, iteration),
+                "learning_rate": config.learning_rate * scale,
             }
             log_row(run, row)
             samples = sample_rows(
@@ -499,6 +509,7 @@ def generate_rollouts(
     stream: 0 for the rollouts of training; another number for draws independent of them.
     Returns one Rollouts on the CPU.
     """
+    # The noise belongs to a problem, so it does not matter which rank or chunk the problem is in.
     keys = astar_search.root_keys(config.seed, iteration, indices, stream)
     parts = []
     # A rank may have no problems.  It gets an empty Rollouts, from one empty chunk.
@@ -617,12 +628,6 @@ def learning_rate_scale(config, iteration):
     return config.final_rate + (1 - config.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rates(optimizer, config, iteration):
-    """Of the policy and of the value head, for this iteration."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * learning_rate_scale(config, iteration)
-
-
 def deal_minibatches(rollouts, indices, config, iteration, epoch):
     """This rank's part of each minibatch, as micro-batches of rows: [[rows, ...], ...].
 
@@ -717,12 +722,6 @@ def idle_part(rollouts):
     return astar_search.Rollouts(**columns, extra=extra)
 
 
-def add_to(sums, metrics):
-    """Add the metrics of a micro-batch, tensors on the device, to the sums of its minibatch."""
-    for name, number in metrics.items():
-        sums[name] = sums.get(name, 0.0) + number
-
-
 def reduce_metrics(sums, ranks):
     """Sums of a minibatch, tensors on the device -> numbers, over all ranks."""
     numbers = torch.stack(list(sums.values())).tolist()  # one copy from the device
@@ -763,6 +762,8 @@ def summarise(rollouts, texts, verdicts, problems, config, ranks):
         if is_correct:
             distinct.add((problem, text))
     lengths = (rollouts.length - rollouts.prompt_length).float()
+    # Sums over this rank's problems.  Divided by the number of problems they are means: the weights
+    # of a problem's leaves sum to 1, and a problem without a leaf counts 0.
     per_problem = {
         "reward_mean": (weight * rewards).sum().item(),
         "rollout_accuracy": (importance * torch.tensor(correct).float()).sum().item(),
@@ -910,7 +911,10 @@ def flat_numbers(row):
 
 
 class WandbLogger:
-    """--wandb: Weights & Biases.  Raises ValueError where it refuses."""
+    """--wandb: Weights & Biases.  Raises ValueError where it refuses.
+
+    A resumed run is a new run there.
+    """
 
     def __init__(self, config):
         import wandb
@@ -1193,7 +1197,10 @@ class Clock:
 
 @dataclasses.dataclass
 class Run:
-    """What set_up makes ready, and how far the run has come."""
+    """What set_up makes ready, and how far the run has come.
+
+    One record instead of twenty variables of main(): every phase says run.config, run.model, ...
+    """
 
     config: Config
     ranks: fsdp.Ranks
@@ -1209,6 +1216,7 @@ class Run:
     eval_problems: list
     inputs: dict  # checksums of the user's files as they were read
     source: str  # the checkpoint that it goes on from, or ""
+    # What follows changes while it runs.
     saved: str  # the newest checkpoint, or ""
     iteration: int = 0  # finished iterations
     model_tokens: int = 0  # tokens run through the model for rollouts so far
@@ -1238,6 +1246,7 @@ def set_up(config, arguments):
     # FSDP does the mixed precision and the offload, so they need it in a single process too.
     bf16 = config.mixed_precision == "bf16"
     ranks = fsdp.init_ranks(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
+    # On a CPU offload would mean nothing, and FSDP would fail later with a traceback.
     if config.cpu_offload and ranks.device.type == "cpu":
         raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
 
@@ -1273,6 +1282,7 @@ def set_up(config, arguments):
     shard_model = functools.partial(
         fsdp.shard, ranks=ranks, mixed_precision=bf16, offload=config.cpu_offload
     )
+    # Parallelism is applied to finished models; from here on the code is that of one process.
     model = shard_model(model, blocks=policy.transformer_blocks(model))
     head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
     if reference is not None:
@@ -1398,11 +1408,7 @@ def load_everything(config, source, reward, ranks):
         print(f"train.py: {warning}", file=sys.stderr)
     longest = max(len(prompt) for prompt in prompts)
     policy.check_context(model, longest, config.max_new_tokens)
-    astar_search.check_model(
-        model,
-        longest=longest + config.max_new_tokens,
-        training=config.gradient_checkpointing == "on",
-    )
+    check_log_probs(model, longest + config.max_new_tokens, config, ranks)
     check_search_size(config, vocabulary=model.get_output_embeddings().weight.shape[0])
     head = load_head(config, source, model)
     reference = None
@@ -1424,6 +1430,22 @@ def load_problems(config):
     else:
         eval_problems = data.eval_problems(config.eval_problems, config.digits, config.prompt)
     return file_problems, eval_problems
+
+
+def check_log_probs(model, longest, config, ranks):
+    """Raise ValueError unless the search computes the model's own log pi, up to `longest` tokens.
+
+    The probes run on the device of the rollouts: a CPU would take minutes for a large model.  A
+    model that fits there only when it is sharded is checked where it is.
+    """
+    home = model.device
+    try:
+        model.to(ranks.device)
+    except torch.OutOfMemoryError:
+        model.to(home)
+    training = config.gradient_checkpointing == "on"
+    astar_search.check_model(model, longest=longest, training=training)
+    model.to(home)
 
 
 def check_search_size(config, vocabulary):
@@ -1454,7 +1476,7 @@ def load_head(config, source, model):
 
 
 def make_optimizer(model, head, config):
-    """AdamW for the policy and the head, whose learning rates `set_learning_rates` sets.
+    """AdamW for the policy and the head; the loop scales the `peak` rate of each group.
 
     Adam's usual beta2 of 0.999, which the head keeps, averages over a thousand steps.  A run may
     have no more than that in all: too long for a policy that changes.  Weight decay is for
@@ -1597,6 +1619,7 @@ def find_start(config):
         os.close(fsdp.lock_folder(config.output_dir))
     found = fsdp.list_checkpoints(config.output_dir)
     check_output_folder(config, found)
+    # Of these checkpoints the first that is whole is taken.
     if config.resume == "auto":
         candidates = found[::-1]  # the newest first
     elif config.resume:

@@ -474,10 +474,10 @@ def describe_search(arguments, value_function, model_tokens):
 def draw(arguments):
     """Search as the flags say.  Returns the record of the search."""
     model, tokenizer = policy.load_policy(arguments.model)
-    astar_search.check_model(model)
     problem = problem_of_prompt(arguments.prompt, arguments.answer)
     (prompt,) = evaluation.encode_prompts(tokenizer, [problem])
     policy.check_context(model, len(prompt), arguments.max_new_tokens)
+    astar_search.check_model(model, longest=len(prompt) + arguments.max_new_tokens)
     value_function = load_guide(arguments, model)
     tree, expander = search_prompt(prompt, model, tokenizer, value_function, arguments)
 

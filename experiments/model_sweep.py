@@ -124,25 +124,29 @@ SWITCHES = {
 }
 # What an architecture needs besides.
 OTHERS = {
-    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
-    "mamba2": {"num_heads": 8, "expand": 2},
-    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 64}},
-}
-OTHERS["gemma3n"] = OTHERS["gemma3n_text"]
-# Rescaled positions, of heads of 16 numbers: {name: what is added to the config}.
-ROTARY = {
-    "yarn": {"rope_type": "yarn", "factor": 4.0},
-    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
-    "longrope": {
-        "rope_type": "longrope",
-        "factor": 4.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 64},
     },
+    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16},
+    "gemma3n": {"num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "expand": 2},
+    "minimax_m3_vl_text": {
+        "layer_types": ["minimax_m3_sparse", "full_attention"],
+        "index_block_size": 4,
+        "index_topk_blocks": 4,
+        "dense_intermediate_size": 64,
+        "shared_intermediate_size": 64,
+    },
+    "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False},
 }
+MODEL_CONFIGS = {config.model_type: config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
+ROTARY = ("yarn", "dynamic", "longrope")  # ways to rescale positions
 
 
 def config_fields(model_type, default):
@@ -164,6 +168,18 @@ def config_fields(model_type, default):
     return fields
 
 
+def rescaled(parameters, rotary):
+    """The rope_parameters of a config, or of one kind of its layers, rescaled from 16 tokens on."""
+    scaling = {**parameters, "rope_type": rotary, "rope_theta": 10000.0, "factor": 4.0}
+    if rotary != "dynamic":
+        scaling["original_max_position_embeddings"] = 16
+    if rotary == "longrope":
+        numbers = int(SIZES["head_dim"] * parameters.get("partial_rotary_factor", 1.0)) // 2
+        scaling["short_factor"] = [1.0] * numbers
+        scaling["long_factor"] = [2.0] * numbers
+    return scaling
+
+
 def small_config(model_type, rotary=None):
     """A small config of a model type, with its switches on.
 
@@ -172,24 +188,26 @@ def small_config(model_type, rotary=None):
     default = MODEL_CONFIGS[model_type]().get_text_config()
     fields = config_fields(model_type, default)
     if rotary:
-        scaling = ROTARY[rotary] | {"rope_theta": 10000.0}
+        parameters = default.rope_parameters
+        kinds = {kind: part for kind, part in parameters.items() if isinstance(part, dict)}
+        if kinds:  # parameters for each kind of layer
+            fields["rope_parameters"] = {
+                kind: rescaled(part, rotary) for kind, part in kinds.items()
+            }
+        else:
+            fields["rope_parameters"] = rescaled(parameters, rotary)
         if rotary == "dynamic":
             fields["max_position_embeddings"] = 16  # there its switch is
-        else:
-            scaling["original_max_position_embeddings"] = 16
-        fields["rope_parameters"] = scaling
         if "original_max_position_embeddings" in default.to_dict():
             fields["original_max_position_embeddings"] = 16
     # Some classes do not let these be set; then they follow from others.
-    for without in ((), ("layer_types",), ("head_dim",), ("head_dim", "layer_types")):
+    for left_out in ("", "layer_types", "head_dim", "v_head_dim", "head_dim layer_types"):
+        kept = {name: fields[name] for name in fields if name not in left_out.split()}
         try:
-            return type(default)(**{k: v for k, v in fields.items() if k not in without})
+            return type(default)(**kept)
         except Exception as error:
             failure = error
     raise failure
-
-
-MODEL_CONFIGS = {config.model_type: config for config in MODEL_FOR_CAUSAL_LM_MAPPING}
 
 
 def small_model(config):
@@ -204,13 +222,18 @@ def small_model(config):
 
 
 def strengthen(model):
-    """Draw every matrix anew with a spectral norm of about 2, so that attention has an effect."""
+    """Draw every matrix anew with a spectral norm of about 2, so that attention has an effect.
+
+    In float64, because rounding would sometimes swap two experts that are almost equally good.
+    """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
                 deviation = parameter.shape[-1] ** -0.5
                 parameter.normal_(0.0, deviation, generator=generator)
+    model.set_experts_implementation("eager")  # the faster ones know no float64
+    model.double()
 
 
 # ----------------------------------------------------------------------------------- The comparison
@@ -283,14 +306,14 @@ def examine(model_type, rotary=None, contexts=CONTEXTS):
             result["sentence"] = result["sentence"] or sentence
             if not accepted:
                 break  # it will not do better in longer ones
+    one_sentence = "\n" not in result["sentence"]
     if not accepted:
-        return result | {"outcome": "refused"}
+        return result | {"outcome": "refused" if one_sentence else "wrong"}
     strengthen(model)
     result["context"] = max(accepted)
     result["error"] = max(largest_error(model, context) for context in accepted)
     if refused and "does not fit" not in result["sentence"]:
         result["beyond"] = largest_error(model, min(refused))
-    one_sentence = "\n" not in result["sentence"]
     in_order = not refused or max(accepted) < min(refused)
     exact = result["error"] < TOLERANCE
     return result | {"outcome": "accepted" if exact and in_order and one_sentence else "wrong"}

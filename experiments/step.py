@@ -82,7 +82,8 @@ def loss_of(model, head, part, config, totals):
 
 def update(model, head, optimizer, rollouts, indices, config, iteration, ranks):
     """All optimiser steps of one iteration.  Returns the metrics of each."""
-    train.set_learning_rates(optimizer, config, iteration)
+    for group in optimizer.param_groups:
+        group["lr"] = train.learning_rate_scale(config, iteration) * group["peak"]
     policy_parameters = [p for p in model.parameters() if p.requires_grad]
     head_parameters = list(head.parameters())
     steps = []
@@ -96,7 +97,8 @@ def update(model, head, optimizer, rollouts, indices, config, iteration, ranks):
             for part in train.parts_of(minibatch, rollouts, ranks):
                 loss, metrics = loss_of(model, head, part, config, totals)
                 loss.backward()
-                train.add_to(sums, metrics)
+                for name, number in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + number
             measured = train.reduce_metrics(sums, ranks)
             policy_norm = clip_grad_norm_(policy_parameters, config.grad_clip)
             clip_grad_norm_(head_parameters, config.grad_clip)

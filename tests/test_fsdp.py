@@ -17,7 +17,7 @@ import time
 
 import pytest
 import torch
-from conftest import finish, launch, rows, tensors, timeless
+from conftest import ForkedRanks, finish, launch, rows, tensors, timeless
 from safetensors.torch import load_file, save_file
 
 import fsdp
@@ -40,10 +40,10 @@ def flags(folder, *more, ranks=1, iterations=4):
     return [str(word) for word in [*words, *more]]
 
 
-def launch_run(folder, *more, ranks=1, iterations=4, **options):
+def fork_run(folder, *more, ranks=1, iterations=4):
     """Start train.py on so many ranks."""
     words = flags(folder, *more, ranks=ranks, iterations=iterations)
-    return launch(ranks, "train.py", *words, **options)
+    return ForkedRanks(ranks, "train.py", *words)
 
 
 def run(folder, *more, iterations=4):
@@ -96,7 +96,7 @@ def launches(tmp_path_factory):
         # Only the checkpoints of one rank are resumed from.
         more = [] if n == 1 else ["--checkpoint-every", "50"]
         words = flags(folder / str(n), *more, ranks=n)
-        started.append(launch(n, ROOT / "tests" / "ranks_worker.py", folder, *words))
+        started.append(ForkedRanks(n, "tests/ranks_worker.py", folder, *words))
     for process in started:
         finish(process)
     return folder
@@ -187,7 +187,7 @@ def test_three_ranks_with_two_problems(tmp_path):
     apo samples, and scores with a second model.
     """
     more = ["--problems-per-iteration", "2", "--loss", "apo", "--rollout", "sample"]
-    finish(launch_run(tmp_path / "run", *more, ranks=3, iterations=2))
+    finish(fork_run(tmp_path / "run", *more, ranks=3, iterations=2))
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
@@ -242,13 +242,13 @@ def test_two_ranks_killed_and_resumed_are_exact(runs, tmp_path, capsys):
     """kill -9 after the second iteration, then --resume auto: bit for bit on 2 ranks, 1e-5 on 1."""
     folder = tmp_path / "run"
     alone = tmp_path / "alone"
-    process = launch_run(folder, ranks=2)
+    process = fork_run(folder, ranks=2)
     wait_for_iteration(process, folder, 2)
-    for pid in [*children(process), process.pid]:
+    for pid in process.pids():
         os.kill(pid, signal.SIGKILL)
     process.communicate()
     shutil.copytree(folder, alone)
-    together = launch_run(folder, "--resume", "auto", ranks=2)
+    together = fork_run(folder, "--resume", "auto", ranks=2)
     run(alone, "--resume", "auto")
     assert "resumed from" in capsys.readouterr().out
     assert distance(alone / "checkpoint_iter_4", runs[2] / "checkpoint_iter_4") <= 1e-5
@@ -260,13 +260,14 @@ def test_two_ranks_killed_and_resumed_are_exact(runs, tmp_path, capsys):
 
 def test_one_rank_resumed_on_three(runs, tmp_path):
     folder = copy_until(2, runs[1], tmp_path / "run")
-    finish(launch_run(folder, "--resume", "auto", ranks=3))
+    finish(fork_run(folder, "--resume", "auto", ranks=3))
     assert distance(folder / "checkpoint_iter_4", runs[1] / "checkpoint_iter_4") < 1e-5
 
 
 def test_one_rank_killed_brings_all_down(tmp_path):
     """The others end, by torchrun's hand or by the closed connection."""
-    process = launch_run(tmp_path / "run", ranks=2, iterations=500)
+    words = flags(tmp_path / "run", ranks=2, iterations=500)
+    process = launch(2, "train.py", *words)
     wait_for_iteration(process, tmp_path / "run", 1)
     os.kill(children(process)[-1], signal.SIGKILL)
     process.communicate(timeout=60)
@@ -277,14 +278,13 @@ def test_one_rank_killed_brings_all_down(tmp_path):
 def test_sigterm_finishes_the_iteration(runs, ranks, tmp_path):
     """What a preempting scheduler needs: checkpoint, exit 0, and an exact continuation."""
     folder = tmp_path / "run"
-    process = launch_run(folder, "--checkpoint-every", "50", ranks=ranks)
+    process = fork_run(folder, "--checkpoint-every", "50", ranks=ranks)
     wait_for_iteration(process, folder, 1)
-    pids = children(process) if ranks > 1 else [process.pid]
-    for pid in pids:
+    for pid in process.pids():
         os.kill(pid, signal.SIGTERM)
     assert "stopped by SIGTERM after iteration" in finish(process)
     assert len(fsdp.list_checkpoints(str(folder))) == 1
-    finish(launch_run(folder, "--checkpoint-every", "50", "--resume", "auto", ranks=ranks))
+    finish(fork_run(folder, "--checkpoint-every", "50", "--resume", "auto", ranks=ranks))
     assert distance(folder / "checkpoint_iter_4", runs[ranks] / "checkpoint_iter_4") == 0
     assert timeless(folder) == timeless(runs[ranks])
 
@@ -336,7 +336,8 @@ def limit_files_to_1_mib():
 def test_a_full_disk_keeps_the_last_checkpoint(runs, tmp_path):
     """A limit on the size of files, as a full disk: one sentence, exit 1, no half checkpoint."""
     folder = copy_until(2, runs[1], tmp_path / "run")
-    process = launch_run(folder, "--resume", "auto", preexec_fn=limit_files_to_1_mib)
+    words = flags(folder, "--resume", "auto")
+    process = launch(1, "train.py", *words, preexec_fn=limit_files_to_1_mib)
     output = finish(process, code=1)
     assert "checkpoint_iter_3 cannot be written" in output
     assert "Traceback" not in output

@@ -5,7 +5,7 @@ import sys
 import types
 
 import pytest
-from conftest import finish, launch, rows
+from conftest import ForkedRanks, finish, rows
 
 import train
 
@@ -146,11 +146,10 @@ def test_wandbs_own_refusal_is_one_sentence(packages, capsys, tmp_path):
     assert "--wandb: api_key not configured call wandb.login" in err
 
 
-def test_one_rank_logs(packages, tmp_path, monkeypatch):
+def test_one_rank_logs(packages, tmp_path):
     """Guards against a run of wandb for each rank."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
     words = flags(tmp_path / "run", "--distributed", "--wandb", iterations=1)
-    finish(launch(2, "train.py", *words))
+    finish(ForkedRanks(2, "train.py", *words))
     assert [next(iter(row)) for row in rows(packages)] == ["init", "step", "step"]
 
 

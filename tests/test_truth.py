@@ -4,7 +4,6 @@ Each test names the bug that it guards against, and fails on the code that had i
 are worked by hand or come from brute force over all completions.
 """
 
-import dataclasses
 import io
 import json
 import math
@@ -297,8 +296,9 @@ def test_the_optimal_value_of_equal_rewards_is_that_reward():
 
 
 WITHOUT_A_RIGHT_LEAF = [
+    # 14 tokens are enough for an answer: some are well-formed and earn -.9, others -1
+    "--loss em --tau 0 --max-new-tokens 14",
     # three tokens are no answer: every completion is cut off and earns -1
-    "--loss em --tau 0 --max-new-tokens 3",
     "--loss em --tau 0 --max-new-tokens 3 --weight-decay .1",
     "--loss grpo --max-new-tokens 3",
     "--loss apo --max-new-tokens 3",
@@ -1235,7 +1235,8 @@ def test_weight_decay_is_for_matrices_alone():
     head = value_module.ValueHead(8)
     settings = train.Config(weight_decay=0.1, learning_rate=0.01, value_learning_rate=0.01)
     optimizer = train.make_optimizer(model, head, settings)
-    train.set_learning_rates(optimizer, dataclasses.replace(settings, warmup=0), iteration=1)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"]
     before = {}
     for name, parameter in fsdp.named_parameters(model, head).items():
         torch.nn.init.normal_(parameter)

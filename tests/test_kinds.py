@@ -1,0 +1,396 @@
+"""Bugs of a tired engineer that once survived the tests, each by the numbers that show it.
+
+One section a file of the eight.  The numbers are worked by hand.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+import types
+
+import pytest
+import torch
+import transformers
+from conftest import rows
+
+import data
+import eval as evaluation
+import fsdp
+import policy
+import reward as reward_module
+import train
+import value as value_module
+from astar_search import Options, log_inclusion, root_keys, sample, search
+
+ROOT = pathlib.Path(train.__file__).parent
+BASE = str(ROOT / "tiny_base")
+ONE = fsdp.Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+SMALL = """
+    --config ppo --problems-per-iteration 4 --rollouts-per-problem 3 --eval-problems 1
+    --eval-every 50 --max-new-tokens 8 --device cpu --checkpoint-every 1 --samples 3
+""".split()
+
+
+def run(folder, *flags, iterations=1):
+    """A small run in this process."""
+    given = [*SMALL, "--iterations", iterations, "--output-dir", folder, *flags]
+    train.main([str(word) for word in given])
+
+
+def same_row(probabilities):
+    """expand(nodes) of a policy that is the same everywhere, and h = 0; it counts in `asked`."""
+    row = torch.tensor(probabilities, dtype=torch.float64).log()
+    asked = []
+
+    def expand(nodes):
+        asked.extend(tuple(node.tokens()) for node in nodes)
+        return row.expand(len(nodes), -1), torch.zeros(len(nodes), 1)
+
+    expand.asked = asked
+    return expand
+
+
+@pytest.fixture(scope="module")
+def base():
+    """(model, tokenizer) of the tiny base."""
+    return policy.load_policy(BASE)
+
+
+# --------------------------------------------------------------------- train.py: rollouts in chunks
+
+
+class RightFor:
+    """A reward that calls every completion of some prompts right, and no other."""
+
+    def __init__(self, *prompts):
+        self.prompts = prompts
+
+    def judge(self, problem, completion, length_fraction=0.0, truncated=False):
+        return {"correct": problem.prompt in self.prompts}
+
+
+def searches_done(base, problems, reward, rollout_batch):
+    """How many of these searches stop with a right leaf."""
+    settings = "--until-right on --tau 0 --rollouts-per-problem 2 --max-new-tokens 3".split()
+    config = train.parse_arguments([*settings, "--rollout-batch", str(rollout_batch)])[0]
+    rollouts = train.generate_rollouts(
+        *base,
+        problems,
+        range(4),
+        config,
+        reward,
+        iteration=1,
+        value_function=None,
+        kind="astar",
+        K=2,
+    )
+    assert rollouts.problem.unique().tolist() == [0, 1, 2, 3]
+    return rollouts.stats["stopped"]["done"]
+
+
+@pytest.mark.parametrize("rollout_batch", [1, 3, 4])
+def test_the_stop_rule_of_a_chunk_knows_the_problems_of_the_chunk(base, rollout_batch):
+    """Four problems, a reward that is right for one alone: one search stops as 'done'.
+
+    With the rule given all problems, row 0 of every chunk would be judged as problem 0: four.
+    """
+    problems = [data.make_problem(a, 11) for a in (12, 34, 56, 78)]
+    for problem in problems:
+        assert searches_done(base, problems, RightFor(problem.prompt), rollout_batch) == 1
+    half = RightFor(problems[0].prompt, problems[3].prompt)
+    assert searches_done(base, problems, half, rollout_batch) == 2
+    assert searches_done(base, problems, RightFor(), rollout_batch) == 0
+
+
+# ------------------------------------------------------------------- fsdp.py: checkpoints by number
+
+
+def test_the_tenth_checkpoint_is_newer_than_the_ninth(tmp_path):
+    """_9 and _10, keep 1: 10 is left.  Sorted as text it would be 9."""
+    for i in (9, 10):
+        (tmp_path / f"checkpoint_iter_{i}").mkdir()
+    fsdp.prune_checkpoints(str(tmp_path), iteration=10, keep=1)
+    assert os.listdir(tmp_path) == ["checkpoint_iter_10"]
+
+
+def test_a_run_of_more_than_ten_iterations_keeps_and_resumes_the_newest(tmp_path, capsys):
+    """Guards against an order of names: 9 would be kept, found, and gone on from."""
+    flags = "--problems-per-iteration 1 --minibatches 1 --max-new-tokens 3 --tau 0".split()
+    run(tmp_path, *flags, "--keep-checkpoints", "1", iterations=10)
+    assert [path.name for path in tmp_path.glob("check*")] == ["checkpoint_iter_10"]
+    run(tmp_path, *flags, "--keep-checkpoints", "2", "--resume", "auto", iterations=11)
+    assert "after iteration 10" in capsys.readouterr().out
+    found = [os.path.basename(path) for path in fsdp.list_checkpoints(str(tmp_path))]
+    assert found == ["checkpoint_iter_10", "checkpoint_iter_11"]
+
+
+# -------------------------------------------------------------------- astar_search.py: leaf weights
+
+
+def test_weights_of_plain_leaves_that_underflow():
+    """log p = [0, -460] and K = 3: leaves of log pi 0, -460 and -920 weigh 1, 1.7e-200 and 0.
+
+    No overflow, and no 0/0.
+    """
+
+    def expand(nodes):
+        row = torch.tensor([0.0, -460.0], dtype=torch.float64)
+        return row.expand(len(nodes), -1), torch.zeros(len(nodes), 1)
+
+    options = Options(eos=(0,), K=3, tau=0.0, max_new_tokens=3)
+    (tree,) = search(root_keys(0, 0, [0]), expand, options)
+    assert [leaf.g for leaf in tree.leaves] == [0.0, -460.0, -920.0]
+    assert [leaf.weight for leaf in tree.leaves] == pytest.approx(
+        [1.0, math.exp(-460), 0.0], rel=1e-9
+    )
+    assert tree.leaves[1].weight == pytest.approx(1.7e-200, rel=0.05)
+
+
+def test_log_inclusion_by_hand():
+    """log(1 - exp(-e^-5)) = -5.003367; to take e^-5 for it would be off by .003."""
+    assert log_inclusion(-5.0, 0.0, 1.0) == pytest.approx(-5.003367, abs=1e-6)
+    assert log_inclusion(-2.5, 0.0, 0.5) == pytest.approx(-5.003367, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+def test_a_search_for_one_leaf_asks_for_its_path_alone(width):
+    """pi = (.9, .1), four tokens, one leaf wanted: the prefixes of length 0 to 3, four calls.
+
+    At any width: nodes beyond what may still be accepted are not asked for.
+    """
+    expand = same_row((0.9, 0.1))
+    options = Options(eos=(), K=1, tau=0.0, max_new_tokens=4, width=width)
+    (tree,) = search(root_keys(0, 0, [0]), expand, options)
+    assert expand.asked == [(), (0,), (0, 0), (0, 0, 0)]
+    assert tree.pops == 4
+
+
+def test_a_search_asks_for_no_node_twice():
+    """pi = (.7, .3), three tokens, two leaves: .343 and .147.  Six prefixes are above .147.
+
+    They are 1, .7, .49, .3, .21 and .21: six calls.
+    """
+    expand = same_row((0.7, 0.3))
+    options = Options(eos=(), K=2, tau=0.0, max_new_tokens=3)
+    (tree,) = search(root_keys(0, 0, [0]), expand, options)
+    assert expand.asked == [(), (0,), (0, 0), (1,), (0, 1), (1, 0)]
+    assert [round(math.exp(leaf.g), 3) for leaf in tree.leaves] == [0.343, 0.147]
+    # Two at once: the same six, each once, and no more than the two that may still be accepted.
+    wide = same_row((0.7, 0.3))
+    search(root_keys(0, 0, [0]), wide, dataclasses.replace(options, width=8))
+    assert len(wide.asked) == len(set(wide.asked))
+    assert set(expand.asked) <= set(wide.asked)
+    assert len(wide.asked) <= 7
+
+
+def test_the_mass_of_samples_that_end_alike_is_counted_once():
+    """pi = (.6, .3, .1) and 64 samples of one token: three leaves that hold 1, and not 64 terms."""
+    options = Options(eos=(), K=64, max_new_tokens=1)
+    (tree,) = sample(root_keys(0, 0, [0]), same_row((0.6, 0.3, 0.1)), options)
+    assert len(tree.leaves) == 3
+    assert tree.mass == pytest.approx(1.0)
+    assert sum(leaf.count for leaf in tree.leaves) == 64
+    assert sum(leaf.weight for leaf in tree.leaves) == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------------------------------- policy.py
+
+
+def test_the_deviation_of_grpo_is_weighted():
+    """r = (1, -1), w = (.75, .25): mean .5, variance .75 * .25 + .25 * 2.25 = .75.
+
+    A = (.5, -1.5)/.866 = (.577, -1.732).  Unweighted, the deviation would be 1.
+    """
+    advantages = policy.grpo_advantages(
+        torch.tensor([1.0, -1.0]), torch.tensor([0.75, 0.25]), torch.tensor([0, 0])
+    )
+    assert advantages.tolist() == pytest.approx([0.577, -1.732], abs=1e-3)
+
+
+def test_stop_tokens_of_the_model_and_of_the_tokenizer():
+    """Generation config [5, 7] and tokenizer 2: (2, 5, 7).  One id, several, or none of either."""
+    for from_config, from_tokenizer, expected in (
+        ([5, 7], 2, (2, 5, 7)),
+        (5, 2, (2, 5)),
+        ([7, 5], None, (5, 7)),
+        (None, 2, (2,)),
+        (0, 0, (0,)),
+        (None, None, ()),
+    ):
+        model = types.SimpleNamespace(
+            generation_config=types.SimpleNamespace(eos_token_id=from_config)
+        )
+        tokenizer = types.SimpleNamespace(eos_token_id=from_tokenizer)
+        assert policy.stop_tokens(model, tokenizer) == expected
+
+
+def test_explained_variance_does_not_ask_for_the_level():
+    """V = r + .5 explains every return: the residual is centred.  V = 0 explains none."""
+    r = torch.tensor([1.0, -1.0, 1.0, 0.2])
+    weight = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    assert policy.explained_variance(policy.variance_sums(r + 0.5, r, weight)) == pytest.approx(1)
+    assert policy.explained_variance(policy.variance_sums(0 * r, r, weight)) == pytest.approx(0)
+
+
+def test_the_context_holds_prompt_and_completion():
+    """Context 64, prompt 50: 14 new tokens fit, 15 do not."""
+    config = transformers.LlamaConfig(max_position_embeddings=64)
+    model = types.SimpleNamespace(config=config)
+    policy.check_context(model, 50, 14)
+    with pytest.raises(ValueError, match="context of 64 tokens"):
+        policy.check_context(model, 50, 15)
+
+
+# ------------------------------------------------------------------------------------------ eval.py
+
+
+def test_the_interval_of_two_problems_in_four():
+    """Shares 1, .5, .5, 0 of four draws: n_eff = 4 * min(4, .25/.125) = 8.
+
+    Wilson at p = .5 and n = 8: (.2152, .7848).  With the draws it would be n = 16, without n = 4.
+    """
+    assert evaluation.interval([1, 0.5, 0.5, 0], draws=4) == pytest.approx(
+        [0.2152, 0.7848], abs=1e-4
+    )
+
+
+# ---------------------------------------------------------------------------------------- reward.py
+
+
+@pytest.mark.parametrize("space", ["\u00a0", "\f", "\v", "\u2003", "\x1c", "\u2028"])
+def test_only_plain_white_space_stands_around_a_number(space):
+    """str.strip() alone would drop no-break spaces and form feeds too."""
+    assert reward_module.parse_number(" \t\r\n408\n") == 408
+    for text in (f"{space}408", f"408{space}", f"4{space}08", space):
+        assert reward_module.parse_number(text) is None
+
+
+# -------------------------------------------------------------------------- train.py: the optimiser
+
+
+def test_both_groups_of_the_optimiser_have_the_decay_of_the_flag(base):
+    """The policy and the head, their matrices; norms and biases have none.
+
+    Every weight that is trained is in one group, with the peak rate of its module.
+    """
+    model, _ = base
+    head = value_module.ValueHead(128)
+    settings = train.Config(weight_decay=0.25, learning_rate=0.01, value_learning_rate=0.02)
+    optimizer = train.make_optimizer(model, head, settings)
+    group_of = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in group_of
+            group_of[id(parameter)] = group
+    for name, parameter in fsdp.named_parameters(model, head).items():
+        group = group_of.pop(id(parameter))
+        assert group["weight_decay"] == (0.25 if parameter.ndim == 2 else 0.0), name
+        of_policy = name.startswith("policy.")
+        assert group["peak"] == (0.01 if of_policy else 0.02), name
+        assert group["betas"] == ((0.9, 0.95) if of_policy else (0.9, 0.999)), name
+    assert group_of == {}
+
+
+# ------------------------------------------------------------------- train.py: weights, and the log
+
+
+def leaves_of(problem, **columns):
+    """What leaf_weights and sample_rows read of Rollouts; columns (B,) as lists."""
+    made = {name: torch.tensor(column) for name, column in columns.items()}
+    return types.SimpleNamespace(problem=torch.tensor(problem), **made)
+
+
+def test_without_leaf_weights_the_counts_remain():
+    """Samples that ended alike 3 times and once: (.75, .25), whatever pi/q says."""
+    leaves = leaves_of([0, 0, 1], weight=[0.1, 0.3, 5.0], count=[3, 1, 2])
+    off = train.parse_arguments(["--leaf-weights", "off"])[0]
+    assert train.leaf_weights(leaves, off).tolist() == pytest.approx([0.75, 0.25, 1.0])
+    on = train.parse_arguments([])[0]
+    assert train.leaf_weights(leaves, on).tolist() == pytest.approx([0.25, 0.75, 1.0])
+
+
+def rank_rows(rank, world_size, gather, monkeypatch):
+    """sample_rows of one rank for 7 problems of 1 to 3 leaves each, all their fields distinct.
+
+    gather(rows of this rank) -> rows by rank stands for the exchange.
+    """
+    ranks = fsdp.Ranks(rank, world_size, torch.device("cpu"))
+    indices = list(fsdp.rank_slice(7, ranks))
+    problems = []
+    columns = {"problem": [], "log_pi": [], "f": [], "leaf_weight": []}
+    texts = []
+    verdicts = []
+    for p, index in enumerate(indices):
+        problems.append(data.Problem(f"prompt {index}", answer=index))
+        for leaf in range(1 + index % 3):
+            number = 10.0 * index + leaf
+            columns["problem"].append(p)
+            columns["log_pi"].append(-number)
+            columns["f"].append(number / 2)
+            columns["leaf_weight"].append(number / 100)
+            texts.append(f"completion {index}.{leaf}")
+            verdicts.append({"reward": number, "correct": False})
+    rollouts = leaves_of(columns["problem"], log_pi=columns["log_pi"], f=columns["f"])
+    rollouts.extra = {"leaf_weight": torch.tensor(columns["leaf_weight"])}
+    config = train.Config(problems_per_iteration=7, samples=4, minibatches=1, seed=3)
+    monkeypatch.setattr(fsdp, "all_gather", lambda found, ranks: gather(found))
+    return train.sample_rows(config, 2, indices, rollouts, texts, verdicts, problems, ranks)
+
+
+def test_a_sample_holds_its_own_prompt_truth_and_completion(monkeypatch):
+    """Whole rows, on 1, 2 and 3 ranks: the same four, and what belongs together stands together."""
+    whole = rank_rows(0, 1, lambda found: [found], monkeypatch)
+    assert len(whole) == 4
+    for row in whole:
+        index, leaf = re.fullmatch(r"completion (\d)\.(\d)", row["completion"]).groups()
+        number = 10.0 * int(index) + int(leaf)
+        assert row == {
+            "iteration": 2,
+            "prompt": f"prompt {index}",
+            "completion": f"completion {index}.{leaf}",
+            "truth": int(index),
+            "reward": number,
+            "correct": False,
+            "weight": pytest.approx(number / 100),
+            "log_pi": -number,
+            "f": number / 2,
+        }
+    for world_size in (2, 3):
+        parts = []
+
+        def keep(found, parts=parts):
+            parts.append(found)
+            return [found]
+
+        for rank in range(world_size):
+            rank_rows(rank, world_size, keep, monkeypatch)
+        for rank in range(world_size):
+            gathered = rank_rows(rank, world_size, lambda found, parts=parts: parts, monkeypatch)
+            assert gathered == whole
+
+
+def test_samples_of_a_run_are_what_the_model_wrote(tmp_path, base):
+    """Each row through the loop: its truth is that of its prompt, its reward that of its
+    completion, and its log pi that of prompt and completion together under the base.
+    """
+    run(tmp_path, "--max-new-tokens", "14")
+    model, tokenizer = base
+    found = rows(tmp_path / "samples.jsonl")
+    assert len(found) == 3
+    reward = reward_module.Reward()
+    for row in found:
+        a, b = row["prompt"].rstrip("=").split("*")
+        assert row["truth"] == int(a) * int(b)
+        verdict = reward(row["completion"], row["truth"])
+        if verdict["answer"] is not None:  # it was not cut off
+            assert {name: row[name] for name in verdict} == verdict
+        (prompt,) = evaluation.encode_prompts(tokenizer, [data.Problem(row["prompt"], 0)])
+        ids = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        ids = prompt + ids + ([] if len(ids) == 14 else [tokenizer.eos_token_id])
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids])).logits.log_softmax(dim=-1)
+        places = range(len(prompt) - 1, len(ids) - 1)
+        log_pi = sum(log_probs[0, t, ids[t + 1]].item() for t in places)
+        assert row["log_pi"] == pytest.approx(log_pi, abs=1e-3)
