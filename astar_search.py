@@ -10,9 +10,9 @@ prefix has the probability
     V*(s) = beta log E_{y ~ pi(.|s)} exp(r(y)/beta)
 
 So best-first search by f = g + h opens prefixes in the order of their probability under the optimal
-policy.  g and h are both in nats.  By the soft Bellman equation f never rises along a path.  With
-the exact h, the leaves therefore come out in exact order of log pi(y) + r(y)/beta.  A learned h is
-neither exact nor a bound; then this is a heuristic search.
+policy.  g and h are both in nats.  If h is exact, f does not rise along a path (by the soft Bellman
+equation), and the leaves come out in the order of log pi(y) + r(y)/beta.  A learned h is neither
+exact nor a bound; then this is a heuristic search.
 
 *Stochastic* search (tau = 1) replaces g by a perturbed one, so that the leaves are random draws:
 
@@ -30,13 +30,13 @@ Departures from the literature:
   model token, like a sampled one, and its h is one step old.
 - A problem may stop once its leaves cover a given mass of pi (`cover`), or with its first right
   leaf (`until`).
-- The noise is a hash of the path and not a stream of random numbers.  So a rollout does not depend
-  on the width, on the other problems of the batch, or on the rank that runs it; and no random state
-  has to be saved.
+- The noise is a hash of the path and not a stream of random numbers.  So, but for the rounding of
+  the model, a rollout does not depend on the width, on the other problems of the batch, or on the
+  rank that runs it; and no random state has to be saved.
 
 In this file, in reading order: node, tree, search, children, noise, leaf weights, sampling, the
-KV-cached language model, the check of a model, Rollouts, a demonstration.  The last section is an
-optimisation for large vocabularies; it may be skipped.
+KV-cached language model, Rollouts, a demonstration.  The last two sections may be skipped: the
+check of a model, and an optimisation for large vocabularies.
 
     python astar_search.py     # searches that are small enough to be checked by hand
 """
@@ -159,7 +159,7 @@ class Tree:
 
         At tau = 1 it is, for a constant h: G of a prefix is the maximum over the leaves below it.
         For 0 < tau < 1 the head is only a bound until it is a leaf, so the search goes on until
-        then. At tau = 0 there are no such weights.
+        then.  At tau = 0 there are no such weights.
         """
         if self.options.tau in (0, 1) or not self.queue:
             return True
@@ -186,6 +186,7 @@ class Tree:
         Only the head of the queue must be evaluated.  The other entries are speculation.  It
         changes what is known early, and never what is popped.
         """
+        # No more nodes than leaves are wanted: the search may end before it needs the others.
         wanted_leaves = max(1, self.options.K - len(self.leaves))
         width = min(self.options.width, wanted_leaves, len(self.queue))
         best = [heapq.heappop(self.queue) for _ in range(width)]
@@ -260,9 +261,9 @@ class Tree:
         The estimate is unbiased for a constant h and tau > 0, if every search ends at K leaves, or
         if every one ends by covered mass at tau = 1.  It is approximate if some searches end the
         one way and some the other, for a learned h, and for a search that ended by `until`, by
-        max_nodes, or by covered mass at tau < 1.  At tau = 0 nothing is random, and a pruned queue
-        has forgotten kappa: then there are no importance weights, and each leaf is weighted by its
-        share of the leaves' pi.
+        max_nodes, or by covered mass at tau < 1.  There are no importance weights at tau = 0, where
+        nothing is random, nor after pruning, which loses the key of leaf K+1.  Then each leaf is
+        weighted by its share of the leaves' pi.
         """
         if not self.leaves:
             return
@@ -274,18 +275,19 @@ class Tree:
             for leaf in self.leaves:
                 leaf.weight = math.exp(leaf.g - largest_g) / total
         elif self.stopped == "covered" and tau == 1:
-            # Each leaf stands for itself, but the last, a draw from the rest of pi, for the whole
-            # rest.  Given the others that is unbiased, however they decided on the stop (the
-            # sum-and-sample estimator, Kool et al. 2020, arXiv 2002.06043, section 3.2).  Under
-            # another h the last leaf is drawn from the rest of pi exp(h), in favour of what h
-            # likes; only the rest, less than 1 - cover, is affected.
+            # The last leaf is a draw from the rest of pi and stands for the whole rest; each other
+            # leaf stands for itself.  Under a constant h that is unbiased, because the other leaves
+            # alone decided on the stop (the sum-and-sample estimator, Kool et al. 2020, arXiv
+            # 2002.06043, section 3.2).  Under another h the last leaf is drawn from pi exp(h), in
+            # favour of what h likes; only the rest, at most 1 - cover, is affected.
             for leaf in self.leaves:
                 leaf.weight = math.exp(leaf.g)
             last = self.leaves[-1]
             last.weight = max(0.0, 1.0 - (self.mass - math.exp(last.g)))
         else:
             # pi/q, q the probability that a leaf is among those found (the same paper, eq. 9).
-            kappa = -self.queue[0][0] if self.queue else -math.inf  # best key left on the queue
+            # kappa: the key of leaf K+1, which is the best one on the queue
+            kappa = -self.queue[0][0] if self.queue else -math.inf
             for leaf in self.leaves:
                 log_q = log_inclusion(leaf.g + leaf.h, kappa, tau)
                 leaf.weight = math.exp(leaf.g - log_q)
@@ -303,8 +305,8 @@ def search(keys, expand, options, tree_class=Tree):
     options: Options.
     tree_class: Tree, or a subclass of it that records what happens.
 
-    Returns N Trees with `leaves` in the order accepted, `stopped`, `pops`.  Leaves, their order and
-    the pops depend neither on options.width nor on the other problems.
+    Returns N Trees with `leaves` in the order accepted, `stopped`, `pops`.  If expand gives a node
+    the same numbers in every round, these depend neither on options.width nor on other problems.
     """
     trees = [tree_class(row, key, options) for row, key in enumerate(keys)]
     while True:
@@ -326,7 +328,8 @@ def search(keys, expand, options, tree_class=Tree):
 def evaluate_nodes(nodes, expand, options):
     """Run the model on nodes and store their best children in them."""
     log_probs, h = expand(nodes)
-    # Under a constant h, K + 1 children are enough.  A node that is asked again gets as many more.
+    # K leaves and the key after them lie below K + 1 children at most, the best ones, as long as
+    # the order of leaves is that of their prefixes.  A node that is asked again gets as many more.
     most_known = max(0 if node.children is None else len(node.children) for node in nodes)
     count = options.K + 1 + most_known
     parents = [(node.g, node.G, node.key) for node in nodes]
@@ -411,11 +414,10 @@ def to_host(columns):
     The bits of the integers travel as float64, so that all columns fit into one tensor.
     Raises FloatingPointError if a key f is NaN.
     """
-    record = [(name, "i8" if x.dtype == torch.int64 else "f8") for name, x in columns.items()]
-    packed = torch.stack(
-        [x.view(torch.float64) for x in columns.values()], dim=-1
-    )  # (n, k, columns)
-    table = packed.cpu().numpy().view(record)[..., 0]
+    dtype = [(name, "i8" if x.dtype == torch.int64 else "f8") for name, x in columns.items()]
+    bits = [x.view(torch.float64) for x in columns.values()]
+    packed = torch.stack(bits, dim=-1)  # (n, k, columns)
+    table = packed.cpu().numpy().view(dtype)[..., 0]
     if (table["f"] != table["f"]).any():
         raise FloatingPointError(
             "the search met NaN in the model's log-probabilities or in the value head"
@@ -603,9 +605,9 @@ class NodeCache(Cache):
     padding.
 
     The alternative is one cache whose time axis is the node index, under a 4D mask.  A forward then
-    pays for all nodes of a problem.  One round of 64 problems with 2 new nodes each at depth 48, on
-    2 cores at the tiny base's shape, took so many times as long as gathering: 1.2 at 128 nodes a
-    problem, 1.8 at 256, 2.1 at 512, 12 at 1,024.
+    pays for all nodes of a problem.  It took 1.2 times as long as gathering at 128 nodes a problem,
+    1.8 times at 256, 2.1 at 512 and 12 at 1,024 (one round of 64 problems with 2 new nodes each at
+    depth 48, the tiny base's shape, 2 cores).
     """
 
     def __init__(self):
@@ -690,6 +692,7 @@ class Expander:
     @torch.no_grad()
     def __call__(self, nodes):
         """Returns log pi(.|s) (n, V) float32 and h(s) (n, 1): all children inherit it."""
+        # Roots first and alone: theirs is a forward on prompts, the others' one on single tokens.
         new_roots = [node for node in nodes if node.slot is None and node.parent is None]
         if new_roots:
             self.run_model(new_roots)
@@ -769,10 +772,231 @@ class Expander:
         return mask[:, None]
 
 
-# ------------------------------------------------------------------- Can the search serve a model?
+# ----------------------------------------------------------------------------------------- Rollouts
+
+
+@dataclass
+class Rollouts:
+    """What a search or sampling returns: B completions, padded on the right.
+
+    One grid everywhere: index t of a (B, T-1) column is about the token at t+1 of `tokens` (B, T).
+    Masks come from lengths and never from token ids, so EOS is trained.
+    """
+
+    tokens: torch.Tensor  # (B, T) prompt, completion, padding
+    prompt_length: torch.Tensor  # (B,)
+    length: torch.Tensor  # (B,) prompt and completion
+    problem: torch.Tensor  # (B,) row of the problem in its batch
+    log_probs: torch.Tensor  # (B, T-1) log pi_old of each token, as the search saw it
+    values: torch.Tensor  # (B, T-1) V of the prefix before each token
+    log_pi: torch.Tensor  # (B,) log pi of the completion
+    weight: torch.Tensor  # (B,) pi/q, or count/K for samples
+    count: torch.Tensor  # (B,) draws that ended here; 1 for a search
+    f: torch.Tensor  # (B,) search key
+    truncated: torch.Tensor  # (B,) bool
+    extra: dict = field(default_factory=dict)  # columns (B,) or (B, T-1) that training adds
+    stats: dict = field(default_factory=dict)
+
+    @property
+    def mask(self):
+        """(B, T-1) True where t+1 is a token of the completion."""
+        t = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
+        return (t >= self.prompt_length[:, None]) & (t < self.length[:, None])
+
+    def __len__(self):
+        return self.tokens.shape[0]
+
+    def columns(self):
+        """{name: tensor} of the fields that have a row a rollout, without `extra`."""
+        names = [f.name for f in fields(self) if f.name not in ("extra", "stats")]
+        return {name: getattr(self, name) for name in names}
+
+    def select(self, rows, device="cpu"):
+        """The rollouts of these rows, cut to the longest of them, on a device."""
+        T = int(self.length[rows].max())
+        columns = {}
+        for name, column in self.columns().items():
+            width = T if name == "tokens" else T - 1
+            columns[name] = select_rows(column, rows, width).to(device)
+        extra = {}
+        for name, column in self.extra.items():
+            extra[name] = select_rows(column, rows, T - 1).to(device)
+        return Rollouts(**columns, extra=extra, stats=self.stats)
+
+    def completions(self):
+        """Token ids of each completion, EOS included, as lists."""
+        bounds = zip(self.tokens.tolist(), self.prompt_length.tolist(), self.length.tolist())
+        return [tokens[start:end] for tokens, start, end in bounds]
+
+
+def select_rows(column, rows, width):
+    """These rows of a column (B,), or of a grid (B, T) cut to `width`."""
+    if column.ndim == 2:
+        return column[rows, :width]
+    return column[rows]
+
+
+def collect(trees, expander, pad=0):
+    """Trees of `search` or `sample` -> Rollouts on the CPU, a row a leaf, by problem.
+
+    The leaves of a problem are in the order in which they were accepted.
+    pad: the token behind the end of shorter rows.  No mask depends on it, so None (the pad token of
+    a tokenizer that has none) stands for 0.
+    There may be no leaf at all, if a search has met its bounds.
+    """
+    leaves = [leaf for tree in trees for leaf in tree.leaves]
+    tokens, log_probs, slots, prompt_lengths, lengths = [], [], [], [], []
+    for leaf in leaves:
+        prompt = expander.prompts[leaf.problem]
+        path = leaf.path_nodes()
+        # The grids (B, T-1) have no entry for the first token, so the prompt takes one less.
+        before = [0] * (len(prompt) - 1)
+        tokens.append(prompt + [node.token for node in path])
+        log_probs.append(before + [node.log_prob for node in path])
+        slots.append(before + [node.parent.slot for node in path])  # the prefix before each token
+        prompt_lengths.append(len(prompt))
+        lengths.append(len(prompt) + leaf.depth)
+    T = max(lengths, default=expander.span)
+    slots = pad_rows(slots, T - 1)
+    return Rollouts(
+        tokens=pad_rows(tokens, T, pad=0 if pad is None else pad),
+        prompt_length=torch.tensor(prompt_lengths, dtype=torch.int64),
+        length=torch.tensor(lengths, dtype=torch.int64),
+        problem=torch.tensor([leaf.problem for leaf in leaves], dtype=torch.int64),
+        log_probs=pad_rows(log_probs, T - 1, dtype=torch.float32),
+        values=expander.values.cpu()[slots] * (slots > 0),
+        log_pi=torch.tensor([leaf.g for leaf in leaves], dtype=torch.float32),
+        weight=torch.tensor([leaf.weight for leaf in leaves], dtype=torch.float32),
+        count=torch.tensor([leaf.count for leaf in leaves], dtype=torch.int64),
+        f=torch.tensor([leaf.f for leaf in leaves], dtype=torch.float32),
+        truncated=torch.tensor([leaf.truncated for leaf in leaves], dtype=torch.bool),
+        stats={
+            "model_tokens": sum(expander.spent),
+            "forwards": expander.forwards,
+            "pops": sum(tree.pops for tree in trees),
+            "mass": sum(tree.mass for tree in trees),
+            "pruned": sum(tree.pruned for tree in trees),
+            "stopped": Counter(tree.stopped for tree in trees),
+        },
+    )
+
+
+def concatenate(parts):
+    """One Rollouts from several, padded to the longest of them; stats are added up."""
+    T = max(part.tokens.shape[1] for part in parts)
+    columns = {}
+    for name in parts[0].columns():
+        width = T if name == "tokens" else T - 1
+        rows = []
+        for part in parts:
+            column = getattr(part, name)
+            if column.ndim == 2:
+                column = F.pad(column, (0, width - column.shape[1]))
+            rows.append(column)
+        columns[name] = torch.cat(rows)
+    stats = dict(parts[0].stats)
+    for part in parts[1:]:
+        for name, number in part.stats.items():
+            stats[name] = stats[name] + number  # a Counter adds up by key
+    return Rollouts(**columns, stats=stats)
+
+
+# ------------------------------------------------------------------------------------ Demonstration
 #
-# Nothing here belongs to the algorithm.  It keeps models out for which log pi would silently be
-# wrong.
+# Tokens a, b and . (the end), at most three of them, and a policy that is a table.
+
+LETTERS = "ab."
+END = LETTERS.index(".")
+# s -> pi(a|s), pi(b|s), pi(.|s)
+PI = {"": (0.6, 0.3, 0.1), "a": (0.5, 0.25, 0.25), "b": (0.1, 0.8, 0.1)}
+PI_DEEPER = (0.1, 0.3, 0.6)  # at every longer prefix
+BETA = 1.0
+
+
+def demo_reward(text):
+    """1 for a completion that begins with bb, else -1."""
+    return 1.0 if text.startswith("bb") else -1.0
+
+
+def demo_leaves(prefix):
+    """Every completion below a prefix, with its log pi from there: {text: nats}."""
+    if prefix.endswith(".") or len(prefix) == 3:
+        return {prefix: 0.0}
+    leaves = {}
+    for letter, probability in zip(LETTERS, PI.get(prefix, PI_DEEPER)):
+        for text, log_prob in demo_leaves(prefix + letter).items():
+            leaves[text] = math.log(probability) + log_prob
+    return leaves
+
+
+def demo_text(node):
+    """The letters of a node."""
+    return "".join(LETTERS[token] for token in node.tokens())
+
+
+def zero_h(text):
+    """h(s) = 0: the search is guided by log pi alone."""
+    return 0.0
+
+
+def exact_h(text):
+    """h(s) = log E_pi[exp(r/beta) | s], in nats, by going through all completions below s."""
+    terms = [math.exp(lp + demo_reward(leaf) / BETA) for leaf, lp in demo_leaves(text).items()]
+    return math.log(sum(terms))
+
+
+def demo_search(title, h, tau):
+    """Search by h(text), print each node that is opened and each leaf.  Returns {text: leaf}."""
+    opened = []
+
+    def expand(nodes):
+        opened.extend(nodes)
+        pi = [PI.get(demo_text(node), PI_DEEPER) for node in nodes]
+        child_h = [[h(demo_text(node) + letter) for letter in LETTERS] for node in nodes]
+        return torch.tensor(pi).double().log(), torch.tensor(child_h).double()
+
+    options = Options(eos=(END,), K=4, tau=tau, max_new_tokens=3)
+    (tree,) = search(root_keys(0, 0, [0]), expand, options)
+    print(f"\n{title}\n        prefix     g      G      h      f")
+    for verb, nodes in (("open", opened), ("leaf", tree.leaves)):
+        for i, node in enumerate(nodes, start=1):
+            numbers = "".join(f"{x:7.2f}" for x in (node.g, node.G, node.h, node.f))
+            print(f"{verb} {i}  {demo_text(node) or '(root)':6s}{numbers}")
+    return {demo_text(leaf): leaf for leaf in tree.leaves}
+
+
+def main():
+    every = demo_leaves("")
+    optimal = {text: log_pi + demo_reward(text) / BETA for text, log_pi in every.items()}
+    for prefix, (a, b, end) in (PI | {"else": PI_DEEPER}).items():
+        print(f"pi(.|{prefix or '(root)'}): a {a} b {b} . {end}")
+    print(
+        f"reward: 1 below bb, -1 elsewhere; beta = 1; {len(every)} completions of at most 3 tokens"
+    )
+
+    # What the file is for, asserted: the order of the leaves, first under pi, then under pi*.
+    leaves = demo_search("h = 0, tau = 0: the most probable completions first", zero_h, tau=0.0)
+    assert list(leaves) == sorted(every, key=every.get, reverse=True)[:4]
+    leaves = demo_search(
+        "exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0
+    )
+    assert list(leaves) == sorted(every, key=optimal.get, reverse=True)[:4]
+
+    # Draws without replacement: q is a probability, so no weight pi/q is below pi.  And G of the
+    # root is the maximum over all leaves, so the first leaf has it.
+    leaves = demo_search("h = 0, tau = 1: four draws without replacement; f = G", zero_h, tau=1.0)
+    weights = [round(leaf.weight, 3) for leaf in leaves.values()]
+    print(f"their weights pi/q, for sums that estimate E_pi: {weights}")
+    assert all(math.exp(every[text]) <= leaf.weight for text, leaf in leaves.items())
+    best = next(iter(leaves.values()))
+    root = best.path_nodes()[0].parent
+    assert abs(best.G - root.G) < 1e-12
+
+
+# -------------------------------------------------------------------- Can the search serve a model?
+#
+# Checks that a program makes once, at its start; the algorithm is complete above.  They keep models
+# out for which log pi would silently be wrong.
 
 
 def check_model(model, longest=None, training=False):
@@ -955,230 +1179,6 @@ def spread_logits(model):
         hook.remove()
 
 
-# ----------------------------------------------------------------------------------------- Rollouts
-
-
-@dataclass
-class Rollouts:
-    """What a search or sampling returns: B completions, padded on the right.
-
-    One grid everywhere: index t of a (B, T-1) column is about the token at t+1 of `tokens` (B, T).
-    Masks come from lengths and never from token ids, so EOS is trained.
-    """
-
-    tokens: torch.Tensor  # (B, T) prompt, completion, padding
-    prompt_length: torch.Tensor  # (B,)
-    length: torch.Tensor  # (B,) prompt and completion
-    problem: torch.Tensor  # (B,) row of the problem in its batch
-    log_probs: torch.Tensor  # (B, T-1) log pi_old of each token, as the search saw it
-    values: torch.Tensor  # (B, T-1) V of the prefix before each token
-    log_pi: torch.Tensor  # (B,) log pi of the completion
-    weight: torch.Tensor  # (B,) pi/q, or count/K for samples
-    count: torch.Tensor  # (B,) draws that ended here; 1 for a search
-    f: torch.Tensor  # (B,) search key
-    truncated: torch.Tensor  # (B,) bool
-    extra: dict = field(default_factory=dict)  # columns (B,) or (B, T-1) that training adds
-    stats: dict = field(default_factory=dict)
-
-    @property
-    def mask(self):
-        """(B, T-1) True where t+1 is a token of the completion."""
-        t = torch.arange(1, self.tokens.shape[1], device=self.tokens.device)
-        return (t >= self.prompt_length[:, None]) & (t < self.length[:, None])
-
-    def __len__(self):
-        return self.tokens.shape[0]
-
-    def columns(self):
-        """{name: tensor} of the fields that have a row a rollout, without `extra`."""
-        names = [f.name for f in fields(self) if f.name not in ("extra", "stats")]
-        return {name: getattr(self, name) for name in names}
-
-    def select(self, rows, device="cpu"):
-        """The rollouts of these rows, cut to the longest of them, on a device."""
-        T = int(self.length[rows].max())
-        columns = {}
-        for name, column in self.columns().items():
-            width = T if name == "tokens" else T - 1
-            columns[name] = select_rows(column, rows, width).to(device)
-        extra = {}
-        for name, column in self.extra.items():
-            extra[name] = select_rows(column, rows, T - 1).to(device)
-        return Rollouts(**columns, extra=extra, stats=self.stats)
-
-    def completions(self):
-        """Token ids of each completion, EOS included, as lists."""
-        bounds = zip(self.tokens.tolist(), self.prompt_length.tolist(), self.length.tolist())
-        return [tokens[start:end] for tokens, start, end in bounds]
-
-
-def select_rows(column, rows, width):
-    """These rows of a column (B,), or of a grid (B, T) cut to `width`."""
-    if column.ndim == 2:
-        return column[rows, :width]
-    return column[rows]
-
-
-def collect(trees, expander, pad=0):
-    """Trees of `search` or `sample` -> Rollouts on the CPU, by problem, leaves in the order
-    accepted.
-
-    pad: the token behind the end of shorter rows.  No mask depends on it, so None (the pad token of
-    a tokenizer that has none) stands for 0.
-    There may be no leaf at all: a search can end within its bounds without one.
-    """
-    leaves = [leaf for tree in trees for leaf in tree.leaves]
-    tokens, log_probs, slots, prompt_lengths, lengths = [], [], [], [], []
-    for leaf in leaves:
-        prompt = expander.prompts[leaf.problem]
-        path = leaf.path_nodes()
-        # The grids (B, T-1) have no entry for the first token, so the prompt takes one less.
-        before = [0] * (len(prompt) - 1)
-        tokens.append(prompt + [node.token for node in path])
-        log_probs.append(before + [node.log_prob for node in path])
-        slots.append(before + [node.parent.slot for node in path])  # the prefix before each token
-        prompt_lengths.append(len(prompt))
-        lengths.append(len(prompt) + leaf.depth)
-    T = max(lengths, default=expander.span)
-    slots = pad_rows(slots, T - 1)
-    return Rollouts(
-        tokens=pad_rows(tokens, T, pad=0 if pad is None else pad),
-        prompt_length=torch.tensor(prompt_lengths, dtype=torch.int64),
-        length=torch.tensor(lengths, dtype=torch.int64),
-        problem=torch.tensor([leaf.problem for leaf in leaves], dtype=torch.int64),
-        log_probs=pad_rows(log_probs, T - 1, dtype=torch.float32),
-        values=expander.values.cpu()[slots] * (slots > 0),
-        log_pi=torch.tensor([leaf.g for leaf in leaves], dtype=torch.float32),
-        weight=torch.tensor([leaf.weight for leaf in leaves], dtype=torch.float32),
-        count=torch.tensor([leaf.count for leaf in leaves], dtype=torch.int64),
-        f=torch.tensor([leaf.f for leaf in leaves], dtype=torch.float32),
-        truncated=torch.tensor([leaf.truncated for leaf in leaves], dtype=torch.bool),
-        stats={
-            "model_tokens": sum(expander.spent),
-            "forwards": expander.forwards,
-            "pops": sum(tree.pops for tree in trees),
-            "mass": sum(tree.mass for tree in trees),
-            "pruned": sum(tree.pruned for tree in trees),
-            "stopped": Counter(tree.stopped for tree in trees),
-        },
-    )
-
-
-def concatenate(parts):
-    """One Rollouts from several, padded to the longest of them; stats are added up."""
-    T = max(part.tokens.shape[1] for part in parts)
-    columns = {}
-    for name in parts[0].columns():
-        width = T if name == "tokens" else T - 1
-        rows = []
-        for part in parts:
-            column = getattr(part, name)
-            if column.ndim == 2:
-                column = F.pad(column, (0, width - column.shape[1]))
-            rows.append(column)
-        columns[name] = torch.cat(rows)
-    stats = dict(parts[0].stats)
-    for part in parts[1:]:
-        for name, number in part.stats.items():
-            stats[name] = stats[name] + number  # a Counter adds up by key
-    return Rollouts(**columns, stats=stats)
-
-
-# ------------------------------------------------------------------------------------ Demonstration
-#
-# Tokens a, b and . (the end), at most three of them, and a policy that is a table.
-
-LETTERS = "ab."
-END = LETTERS.index(".")
-PI = {
-    "": (0.6, 0.3, 0.1),
-    "a": (0.5, 0.25, 0.25),
-    "b": (0.1, 0.8, 0.1),
-}  # pi(a|s), pi(b|s), pi(.|s)
-PI_DEEPER = (0.1, 0.3, 0.6)  # at every longer prefix
-BETA = 1.0
-
-
-def demo_reward(text):
-    """1 for a completion that begins with bb, else -1."""
-    return 1.0 if text.startswith("bb") else -1.0
-
-
-def demo_leaves(prefix):
-    """Every completion below a prefix, with its log pi from there: {text: nats}."""
-    if prefix.endswith(".") or len(prefix) == 3:
-        return {prefix: 0.0}
-    leaves = {}
-    for letter, probability in zip(LETTERS, PI.get(prefix, PI_DEEPER)):
-        for text, log_prob in demo_leaves(prefix + letter).items():
-            leaves[text] = math.log(probability) + log_prob
-    return leaves
-
-
-def demo_text(node):
-    """The letters of a node."""
-    return "".join(LETTERS[token] for token in node.tokens())
-
-
-def zero_h(text):
-    """h(s) = 0: the search is guided by log pi alone."""
-    return 0.0
-
-
-def exact_h(text):
-    """h(s) = log E_pi[exp(r/beta) | s], in nats, by going through all completions below s."""
-    terms = [math.exp(lp + demo_reward(leaf) / BETA) for leaf, lp in demo_leaves(text).items()]
-    return math.log(sum(terms))
-
-
-def demo_search(title, h, tau):
-    """Search by h(text), print each node that is opened and each leaf.  Returns {text: leaf}."""
-    opened = []
-
-    def expand(nodes):
-        opened.extend(nodes)
-        pi = [PI.get(demo_text(node), PI_DEEPER) for node in nodes]
-        child_h = [[h(demo_text(node) + letter) for letter in LETTERS] for node in nodes]
-        return torch.tensor(pi).double().log(), torch.tensor(child_h).double()
-
-    options = Options(eos=(END,), K=4, tau=tau, max_new_tokens=3)
-    (tree,) = search(root_keys(0, 0, [0]), expand, options)
-    print(f"\n{title}\n        prefix     g      G      h      f")
-    for verb, nodes in (("open", opened), ("leaf", tree.leaves)):
-        for i, node in enumerate(nodes, start=1):
-            numbers = "".join(f"{x:7.2f}" for x in (node.g, node.G, node.h, node.f))
-            print(f"{verb} {i}  {demo_text(node) or '(root)':6s}{numbers}")
-    return {demo_text(leaf): leaf for leaf in tree.leaves}
-
-
-def main():
-    every = demo_leaves("")
-    optimal = {text: log_pi + demo_reward(text) / BETA for text, log_pi in every.items()}
-    for prefix, (a, b, end) in (PI | {"else": PI_DEEPER}).items():
-        print(f"pi(.|{prefix or '(root)'}): a {a} b {b} . {end}")
-    print(
-        f"reward: 1 below bb, -1 elsewhere; beta = 1; {len(every)} completions of at most 3 tokens"
-    )
-
-    # What the file is for, asserted: the order of the leaves, first under pi, then under pi*.
-    leaves = demo_search("h = 0, tau = 0: the most probable completions first", zero_h, tau=0.0)
-    assert list(leaves) == sorted(every, key=every.get, reverse=True)[:4]
-    leaves = demo_search(
-        "exact h, tau = 0: in order of log pi + r/beta, so bb first", exact_h, tau=0.0
-    )
-    assert list(leaves) == sorted(every, key=optimal.get, reverse=True)[:4]
-
-    # Draws without replacement: q is a probability, so no weight pi/q is below pi.  And G of the
-    # root is the maximum over all leaves, so the first leaf has it.
-    leaves = demo_search("h = 0, tau = 1: four draws without replacement; f = G", zero_h, tau=1.0)
-    weights = [round(leaf.weight, 3) for leaf in leaves.values()]
-    print(f"their weights pi/q, for sums that estimate E_pi: {weights}")
-    assert all(math.exp(every[text]) <= leaf.weight for text, leaf in leaves.items())
-    best = next(iter(leaves.values()))
-    root = best.path_nodes()[0].parent
-    assert abs(best.G - root.G) < 1e-12
-
-
 # -------------------------------------------------- Children of a large vocabulary: an optimisation
 #
 # What follows changes no result.  The noise of all 150,000 tokens in float64 would cost half as
@@ -1235,7 +1235,7 @@ def rough_scores(log_probs, keys):
         end = min(start + size, V)
         key = mix64(keys[:, None], torch.arange(start, end, device=device))
         # The Gumbel is -log(-log u).  float32 cannot hold a u near 1, where large Gumbels come
-        # from. It holds v = 1 - u, computed from the flipped bits and rounded down; u = 1 - v.
+        # from.  It holds v = 1 - u, computed from the flipped bits and rounded down; u = 1 - v.
         v = shift_right(~key, 12).float()
         noise = (v * -(2.0**-52 - 2.0**-75)).log1p_().neg_().log_()
         score[:, start:end] = log_probs[:, start:end] - noise

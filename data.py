@@ -1,8 +1,8 @@
 """data.py -- multiplication problems, their prompts, and an evaluation split that does not leak.
 
-A problem is `a * b = ?`. The problem number `index` of iteration `iteration` under `seed` is a pure
-function of these three integers. So a run can be resumed, or split over machines, without saving
-anything about its data: each process computes the problems that it needs.
+A problem is `a * b = ?`.  The problem number `index` of iteration `iteration` under `seed` is a
+pure function of these three integers.  So a run can be resumed, or split over machines, without
+saving anything about its data: each process computes the problems that it needs.
 
 The problems may also come from a jsonl file: one {"prompt": ..., "answer": ...} a line.
 
@@ -23,12 +23,12 @@ import re
 import sys
 from dataclasses import dataclass
 
-# One unordered pair {a, b} in HELD_OUT belongs to evaluation, in every run. The split is a hash of
-# the pair and not a list. So it is the same for every range of operands, every seed and every
+# One unordered pair {a, b} in HELD_OUT belongs to evaluation, in every run.  The split is a hash of
+# the pair and not a list.  So it is the same for every range of operands, every seed and every
 # number of evaluation problems.
 HELD_OUT = 7
 
-# The prompt of TinyZero (Pan et al. 2025, examples/data_preprocess/multiply.py). A base model has
+# The prompt of TinyZero (Pan et al. 2025, examples/data_preprocess/multiply.py).  A base model has
 # no chat template, so the prompt spells the conversation out.
 TINYZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
@@ -39,15 +39,15 @@ TINYZERO = (
     "Assistant: Let me solve this step by step.\n"
 )
 
-# style -> (template, prefill). TinyZero's prompt ends with an opened <think>. Here that is not part
-# of the template but a prefill, which the reward reads as part of the completion. Otherwise the
-# reward would see a </think> that was never opened, and no completion would be well-formed.
+# style -> (template, prefill).  TinyZero's prompt ends with an opened <think>.  Here that is not
+# part of the template but a prefill, which the reward reads as part of the completion.  Otherwise
+# the reward would see a </think> that was never opened, and no completion would be well-formed.
 PROMPTS = {"tinyzero": (TINYZERO, "<think>"), "terse": ("{a}*{b}=", "")}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. The model is given prompt + prefill; the reward reads prefill + completion."""
+    """One question.  The model is given prompt + prefill; the reward reads prefill + completion."""
 
     prompt: str
     answer: int  # with a reward of your own: any JSON value
@@ -107,8 +107,8 @@ def is_held_out(a, b):
 def draw_operands(rng, digits):
     """One random pair (a, b).
 
-    digits: two ranges as parse_digits returns them. The number of digits is uniform over its range,
-    then the operand is uniform among those with that many digits.
+    digits: two ranges as parse_digits returns them.  The number of digits is uniform over its
+    range, then the operand is uniform among those with that many digits.
     """
     pair = []
     for least, most in digits:
@@ -120,7 +120,7 @@ def draw_operands(rng, digits):
 def make_problem(a, b, style="terse", prefill=None):
     """The Problem a*b in a prompt style of PROMPTS.
 
-    prefill: a text that replaces the style's own (evaluation can force a <think> this way). The
+    prefill: a text that replaces the style's own (evaluation can force a <think> this way).  The
     empty text "" means no prefill; None means the style's own.
     """
     template, style_prefill = PROMPTS[style]
@@ -138,12 +138,11 @@ def make_problem(a, b, style="terse", prefill=None):
 
 def train_problem(seed, iteration, index, digits="2", style="terse"):
     """Problem `index` of an iteration: a pure function of its arguments, never a held-out pair."""
-    # Random(text) takes its seed from a SHA-512 of the text. That is the same on every machine and
-    # in every version of Python.
+    # Random(text) is seeded by a SHA-512 of the text, which is the same in every process.
     rng = random.Random(f"train {seed} {iteration} {index}")
     ranges = parse_digits(digits)
     a, b = draw_operands(rng, ranges)
-    # One draw in seven is rejected. The loop ends, because no range is held out as a whole.
+    # One draw in seven is rejected.  The loop ends, because no range is held out as a whole.
     while is_held_out(a, b):
         a, b = draw_operands(rng, ranges)
     return make_problem(a, b, style)
@@ -152,7 +151,7 @@ def train_problem(seed, iteration, index, digits="2", style="terse"):
 def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
     """n different held-out problems, each unordered pair once.
 
-    Their order is fixed by `seed`, which is not the seed of the run. The first 100 of 500 problems
+    Their order is fixed by `seed`, which is not the seed of the run.  The first 100 of 500 problems
     are the same as the 100 problems of n = 100.
     Raises ValueError if n is not in [1, 100000], or if the range does not hold n such pairs.
     """
@@ -162,9 +161,9 @@ def eval_problems(n, digits="2", style="terse", prefill=None, seed=0):
     ranges = parse_digits(digits)
     draws = min(2_000 + 200 * n, 1_000_000)
     random_pairs = (draw_operands(rng, ranges) for _ in range(draws))
-    # In a small range the last few pairs are hardly ever drawn. So the draws are followed by a walk
-    # through all pairs. In a range of over 10 million pairs, where the walk would take long, the
-    # draws always suffice: one in seven is held out, and a seventh of a million exceeds any n.
+    # In a small range the last few pairs are hardly ever drawn.  So the draws are followed by a
+    # walk through all pairs.  It is short in a large range too: one pair in seven is held out, and
+    # a walk meets each at most twice.  So n of them are found after some 14 n steps.
     (a_least, a_most), (b_least, b_most) = ranges
     all_a = range(10 ** (a_least - 1), 10**a_most)
     all_b = range(10 ** (b_least - 1), 10**b_most)
@@ -196,11 +195,11 @@ def read_problems(path, prefill=None, any_answer=False):
     Raises ValueError that names the line, and OSError if the file cannot be read.
     """
     problems = []
-    # Read as bytes, because json decodes each line itself. A line that is not UTF-8 is then an
+    # Read as bytes, because json decodes each line itself.  A line that is not UTF-8 is then an
     # error of that line, which can be named.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            # Some editors write this mark in front of a file; files may have been joined.
+            # Some editors begin a file with a byte order mark; in joined files it may come later.
             line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
@@ -240,7 +239,7 @@ def read_problem(line, prefill, any_answer):
 
     answer = row.get("answer")
     if not any_answer:
-        # In Python True is an int, and int() accepts "1_000", so the text is checked first. More
+        # In Python True is an int, and int() accepts "1_000", so the text is checked first.  More
         # than 90 digits are refused, since int() raises an error for thousands of them.
         if isinstance(answer, bool) or not re.fullmatch("[+-]?[0-9]{1,90}", str(answer)):
             raise ValueError(f"answer must be a whole number, not {answer!r}")
@@ -259,7 +258,7 @@ def read_problem(line, prefill, any_answer):
 def check_text(key, text):
     """Raise ValueError if a text cannot be written as UTF-8, as tokenizers and files need it.
 
-    JSON allows half of a character that is written as two halves, such as "\\ud83d".
+    JSON allows one half of a surrogate pair without the other, such as "\\ud83d".
     """
     try:
         text.encode()
@@ -283,7 +282,7 @@ def pick_problem(problems, seed, iteration, index, per_iteration):
     """Problem `index` of an iteration, from a file: the counterpart of train_problem.
 
     problems: all problems of the file; per_iteration: how many of them an iteration uses; the first
-    iteration is 0. Each epoch visits every problem once, in a new order.
+    iteration is 0.  Each epoch visits every problem once, in a new order.
     """
     epoch, place = divmod(iteration * per_iteration + index, len(problems))
     return problems[epoch_order(len(problems), seed, epoch)[place]]
@@ -295,7 +294,7 @@ def pick_problem(problems, seed, iteration, index, per_iteration):
 def statistics(problems):
     """Counts by difficulty, and the (smallest, largest) operand, answer and prompt length.
 
-    The length of a prompt is in characters, with its prefill. A range over nothing is None.
+    The length of a prompt is in characters, with its prefill.  A range over nothing is None.
     """
     counts = collections.Counter(problem.difficulty for problem in problems)
     stats = {"problems": len(problems), "difficulty": dict(sorted(counts.items()))}
@@ -345,7 +344,7 @@ def main():
     train_pairs = {frozenset(problem.operands) for problem in train}
     assert len(held_out_pairs) == len(held_out)
     assert held_out_pairs.isdisjoint(train_pairs)
-    # A draw can be repeated.
+    # The same arguments give the same problem again.
     assert train[7] == train_problem(0, 0, 7, args.digits)
     print("\nno evaluation pair among the training draws, in either order: ok")
 

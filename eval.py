@@ -8,8 +8,8 @@ Three ways to decode, all on the expander of astar_search.py:
 
 The search of an evaluation never sees the reward, because the reward knows the right answer.
 
-Two departures from common practice. The interval of the accuracy counts outcomes by an effective
-sample size, because completions of one problem resemble each other. Two evaluations are compared
+Two departures from common practice.  The interval of the accuracy counts outcomes by an effective
+sample size, because completions of one problem resemble each other.  Two evaluations are compared
 problem by problem, because a paired test detects smaller differences than two separate intervals.
 
     python eval.py --json base.json                  # the tiny base, greedy; also writes base.jsonl
@@ -19,7 +19,7 @@ problem by problem, because a paired test detects smaller differences than two s
     torchrun --standalone --nproc_per_node=2 eval.py --problems 500    # two processes, same figures
 
 --json OUT.json writes the figures and the flags to OUT.json, and one row a problem with all of its
-completions to OUT.jsonl. Every figure but the seconds can be counted again from the rows.
+completions to OUT.jsonl.  Every figure but the seconds can be counted again from the rows.
 
 In this file, in reading order: statistics, figures of the rows, the value function, prompts and
 completions, evaluate(), result files, the paired comparison, worst completions, the command line.
@@ -50,7 +50,9 @@ import value as value_module
 TINY_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base")
 
 
-# -------------------------------------------------------------------------------------- Statistics
+# --------------------------------------------------------------------------------------- Statistics
+
+
 def pass_at_k(n, correct, k):
     """Chance that k of n drawn completions, `correct` of them right, hold a right one.
 
@@ -66,12 +68,11 @@ def interval(shares, draws=1, z=1.959964):
 
     shares: for each problem, the share of right completions among its `draws`.
 
-    Completions of one problem resemble each other. To count each completion would make the
-    interval too narrow; to count each problem as a single 0/1 outcome would make it too wide. So
-    this is Wilson's interval (1927) for the number of 0/1 outcomes that would be equally noisy, the
-    effective sample size (Kish 1965). It lies between problems and problems * draws; with one draw
-    it is the number of problems. Unlike a bootstrap's, the interval is not [0, 0] when no
-    completion is right.
+    Completions of one problem resemble each other.  To count each completion would make the
+    interval too narrow; to count each problem as one 0/1 outcome would make it too wide.  So this
+    is Wilson's interval (1927) for an effective sample size (Kish 1965): the number of 0/1 outcomes
+    that would be equally noisy, from problems to problems * draws.  Unlike a bootstrap's, it is not
+    [0, 0] when no completion is right.
     """
     n = len(shares)
     p = sum(shares) / n
@@ -86,12 +87,11 @@ def interval(shares, draws=1, z=1.959964):
 
 
 def majority_vote(votes):
-    """1 if the answer with most votes is right, else 0.
+    """1 if the answer with most votes is right, 0 if it is wrong, a share in a tie.
 
-    votes: (answer, weight, is it right?) of each completion. A completion without an answer (None)
-    does not vote. If several answers lead, the result is the chance that a fair draw among them
-    picks a right one. To take the first leader instead would favour short completions: they end
-    first and so are listed first.
+    votes: (answer, weight, is it right?) of each completion; answer None is no vote.
+    In a tie the result is the chance that a fair draw among the leaders picks a right one.  To take
+    the first of them would favour short completions, which end first and so are listed first.
     """
     weight_of = {}
     is_right = {}
@@ -110,8 +110,8 @@ def majority_vote(votes):
 def sign_test(better, worse):
     """Two-sided p of `better` against `worse` among the problems that differ.
 
-    If the two models are equal, each such problem is a fair coin. For 0/1 outcomes this is
-    McNemar's exact test. For shares of several draws it tests the direction of the differences,
+    If the two models are equal, each such problem is a fair coin.  For 0/1 outcomes this is
+    McNemar's exact test.  For shares of several draws it tests the direction of the differences,
     not their size.
     """
     n = better + worse
@@ -120,11 +120,13 @@ def sign_test(better, worse):
     return min(1.0, 2 * tail / 2**n)
 
 
-# ----------------------------------------------------------------------------------------- Figures
-def judged_completions(row, decode):
-    """The completions of a problem that are scored: all draws, but of a search its first leaf.
+# ------------------------------------------------------------------------------------------ Figures
 
-    Only the reward knows which leaf is the best one, and a decoder has no access to the reward.
+
+def judged_completions(row, decode):
+    """The completions of a problem that are scored: all draws, or the first leaf of a search.
+
+    To pick the best leaf instead would take the reward, which knows the answer.
     """
     if decode == "astar":
         return row["completions"][:1]
@@ -132,11 +134,11 @@ def judged_completions(row, decode):
 
 
 def problem_scores(row, decode):
-    """The figures of one problem, as a dict. A search that found no leaf counts as wrong.
+    """The figures of one problem, as a dict.  A search that found no leaf counts as wrong.
 
-    accuracy, format, completion_length (tokens) and truncated are means over the draws. majority:
-    is the vote right? found: is any leaf right? pass@k: the chance that k draws hold a right one,
-    for k = 1, 2, 4, ... up to the number of draws.
+    accuracy, format, completion_length (tokens), truncated: means over the judged completions.
+    majority (sample, astar): is the vote right?  found (astar): is any leaf right?
+    pass@k (sample): the chance that k draws hold a right one, k = 1, 2, 4, ... up to all draws.
     """
     judged = judged_completions(row, decode)
     # A completion that was drawn twice is listed once, with a count of 2.
@@ -173,7 +175,7 @@ def summarise(rows, draws):
         "accuracy": sum(accuracies) / len(rows),
         "accuracy_interval": interval(accuracies, draws),
     }
-    # All rows have the same scores. The accuracy is among them and keeps its place at the top.
+    # Every row has scores of the same names.  The accuracy, one of them, stays at the top.
     for name in rows[0]["scores"]:
         figures[name] = sum(row["scores"][name] for row in rows) / len(rows)
     figures["tokens_per_problem"] = sum(row["model_tokens"] for row in rows) / len(rows)
@@ -209,33 +211,33 @@ def format_figure(figure):
 def format_report(result):
     """The figures as a table in text: one line a figure.
 
-    result: of evaluate or of paired_test. The columns are all problems, then each level of
+    result: of evaluate or of paired_test.  The columns are all problems, then each level of
     difficulty if there are several.
     """
     levels = list(result.get("accuracy_by_difficulty", ()))
-    table = []
-    if len(levels) > 1:
-        table.append(["", "all", *levels])
+    several = len(levels) > 1
+    table = [["", "all", *levels]] if several else []
     for name, figure in result.items():
         if name.endswith("_by_difficulty"):
             continue
-        line = [name, format_figure(figure)]
-        if len(levels) > 1:
+        table.append([name, format_figure(figure)])
+        if several:
             by_level = result.get(f"{name}_by_difficulty", {})
-            line += [format_figure(part) for part in by_level.values()]
-        table.append(line)
+            table[-1] += [format_figure(part) for part in by_level.values()]
     lines = []
     for name, *cells in table:
         lines.append(f"{name:20s}" + "".join(f"{cell:>17s}" for cell in cells))
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------ The value function
+# ------------------------------------------------------------------------------- The value function
+
+
 def value_function(head, bounds, beta, use_head=True):
     """What astar_search.Expander asks of a value head: hidden (n, D) -> V (n,), h (n,) in nats.
 
-    bounds: (r_lo, r_hi) of the reward that the head was trained on. use_head=False sets h to 0, so
-    that the search is not guided; V is still there. Returns None if head is None.
+    bounds: (r_lo, r_hi) of the reward that the head was trained on.  use_head=False sets h to 0, so
+    that the search is not guided; V is still there.  Returns None if head is None.
     """
     if head is None:
         return None
@@ -255,9 +257,8 @@ def value_function(head, bounds, beta, use_head=True):
 def load_value_function(folder, model, beta=None):
     """The value function of a checkpoint folder, or None if the folder holds no value head.
 
-    beta: a temperature to use instead of that of the training. The reward's bounds are always those
-    of the training: u is 0 at exp(r_lo/beta) and 1 at exp(r_hi/beta). Raises ValueError if the head
-    cannot be read.
+    beta: a temperature to use instead of that of the training.  The reward's bounds are those of
+    the training, because u was scaled by them.  Raises ValueError if the head cannot be read.
     """
     weights_path = os.path.join(folder, "value.safetensors")
     state_path = os.path.join(folder, "trainer_state.json")
@@ -273,27 +274,29 @@ def load_value_function(folder, model, beta=None):
         head = head.to(model.device)
         return value_function(head, state["reward_bounds"], beta or state["config"]["beta"])
     except Exception as error:
-        # Truncated, of another model, edited by hand: in all of these cases no head can be used.
+        # The files may be truncated, of another model, or edited by hand.
         name = type(error).__name__
         raise ValueError(f"{folder}: its value head cannot be read ({name})") from None
 
 
-# ------------------------------------------------------------------------- Prompts and completions
-# The tags that reward.py reads. Some tokenizers hold them as special tokens: they are text still.
+# -------------------------------------------------------------------------- Prompts and completions
+
+
+# The tags that reward.py reads.  They are text, even where a tokenizer calls them special tokens.
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def encode_prompts(tokenizer, problems):
-    """Prompt and prefill of each problem as token ids. Raises ValueError if there are none."""
+    """Prompt and prefill of each problem as token ids.  Raises what encode_prompt raises."""
     return [encode_prompt(tokenizer, problem.text) for problem in problems]
 
 
 def encode_prompt(tokenizer, text):
     """The token ids of a text that a model goes on from.
 
-    What the tokenizer adds in front, such as a BOS, stays; it is not doubled if the text itself
-    begins with it. What the tokenizer adds behind, such as an EOS, is dropped, because the model is
-    not to go on from a finished text. Raises ValueError if there are no tokens.
+    What the tokenizer adds in front, such as a BOS, stays, but is not doubled if the text begins
+    with it.  What the tokenizer adds behind, such as an EOS, is dropped: the text is not finished.
+    Raises ValueError if there are no tokens, or if they cannot be told from what is added.
     """
     full = tokenizer(text, padding=False, truncation=False)["input_ids"]
     plain = tokenizer(text, padding=False, truncation=False, add_special_tokens=False)["input_ids"]
@@ -310,6 +313,7 @@ def encode_prompt(tokenizer, text):
                 f"prompt {text!r} differently"
             )
     front = full[:start]
+    # The longest end of `front` that the text itself begins with is not repeated.
     for n in range(len(front), 0, -1):
         if front[-n:] == plain[:n]:
             front = front[:-n]
@@ -326,35 +330,28 @@ def tokens_of(tokenizer, text):
         return []
 
 
-def decode_all(tokenizer, ids):
-    """The text of token ids with everything in it: special tokens, and spaces as they are."""
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def text_of(tokenizer, ids, skip_special_tokens=False):
+    """The text of token ids with its spaces as they are, and by default with special tokens."""
+    return tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
 
 
 @functools.lru_cache(maxsize=2**18)
 def has_text(tokenizer, token, skip_special_tokens=False):
     """Does a token add anything to the decoded text?
 
-    It does not if the tokenizer does not know its id: a model's embeddings are often padded to a
-    round number. skip_special_tokens=True: a special token does not count as text either.
+    Not if the tokenizer does not know its id: a model's embeddings are often padded to a round
+    number.  skip_special_tokens=True: a special token does not count as text either.
     """
     # The token stands between others, because some decoders strip a space at the ends of a text.
     around = tokens_of(tokenizer, "1")
-    ids_with_token = [*around, token, *around]
-    ids_without = [*around, *around]
     try:
-        with_token = tokenizer.decode(
-            ids_with_token,
-            skip_special_tokens=skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
+        with_token = text_of(tokenizer, [*around, token, *around], skip_special_tokens)
     except Exception:
-        # Most tokenizers skip an unknown id. One that is written in Python may raise anything.
+        # Most tokenizers skip an unknown id.  One that is written in Python may raise anything.
         return False
-    without = tokenizer.decode(
-        ids_without, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
-    return with_token != without
+    return with_token != text_of(tokenizer, [*around, *around], skip_special_tokens)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -362,11 +359,11 @@ def is_control_token(tokenizer, token):
     """Is a token a sign for the machine, such as <eos> or <|im_end|>, and not text for the reward?
 
     It is if the tokenizer calls it special or gives it a role (eos, bos, pad, ...), or if it has no
-    text. The tags that the reward reads are never control tokens.
+    text.  The tags that the reward reads are never control tokens.
     """
     if not has_text(tokenizer, token):
         return True
-    if decode_all(tokenizer, [token]).strip() in TAGS:
+    if text_of(tokenizer, [token]).strip() in TAGS:
         return False
     if token in tokenizer.all_special_ids:
         return True
@@ -376,27 +373,25 @@ def is_control_token(tokenizer, token):
 def text_after(tokenizer, before, ids):
     """The text that the tokens `ids` add to that of the tokens `before`."""
     before = list(before)
-    text_before = decode_all(tokenizer, before)
-    text = decode_all(tokenizer, before + ids)
-    # A byte can spoil a character in front of it: decoders with byte fallback (Llama) replace a
-    # whole run of bytes by U+FFFD if it is not UTF-8. Then the tokens before are dropped one by
-    # one until their text stays as it was. So nothing of `ids` is lost, and none of `before` is
-    # taken for the completion; at worst `ids` are decoded alone.
-    while not text.startswith(text_before):
+    while True:
+        text_before = text_of(tokenizer, before)
+        text = text_of(tokenizer, before + ids)
+        if text.startswith(text_before):
+            return text[len(text_before) :]
+        # A byte can change the character in front of it: decoders with byte fallback (Llama)
+        # replace a whole run of bytes by U+FFFD if it is not UTF-8.  Then the last token before is
+        # left out, until the text before stays as it was.  At worst `ids` are decoded alone.
         before.pop()
-        text_before = decode_all(tokenizer, before)
-        text = decode_all(tokenizer, before + ids)
-    return text[len(text_before) :]
 
 
 def completion_text(tokenizer, prompt_ids, ids):
-    """Exactly what the tokens `ids` say after a prompt, special tokens included.
+    """The text that the tokens `ids` add to a prompt, special tokens included.
 
-    decode(prompt_ids + ids) = decode(prompt_ids) + completion_text(prompt_ids, ids).
-    They are decoded together, because many tokenizers drop the first space of what they decode:
-    a 4 in the prompt and the tokens ' 08' would be read as 408. Half a character at either end is
-    U+FFFD. An id without text becomes a mark such as <token 28>, or 4 and 08 on both sides of it
-    would be read as 408.
+    decode(prompt_ids + ids) = decode(prompt_ids) + completion_text(prompt_ids, ids),
+    but for two cases: half a character at either end is U+FFFD, and an id without text becomes a
+    mark such as <token 28>.  Without the mark, 4 and 08 on both sides of it would be read as 408.
+    So would a 4 in the prompt and the tokens ' 08', if `ids` were decoded alone: many tokenizers
+    drop the first space of what they decode.
     """
     text = ""
     before = list(prompt_ids)
@@ -411,24 +406,23 @@ def completion_text(tokenizer, prompt_ids, ids):
 
 
 def unknown_prompts(tokenizer, problems):
-    """One sentence if more than half of some prompts is unknown to the tokenizer, else "".
+    """One sentence if some prompts are mostly unknown to the tokenizer, else "".
 
-    More than half of the tokens, or of the characters: the model then sees little of what it is
-    asked.
+    Mostly: more than half of the tokens, or of the characters.
     """
-    # The last token of a hieroglyph is the one for the unknown, which not every tokenizer names.
-    # None if the tokenizer spells such characters in bytes, or leaves them out.
+    # Not every tokenizer names its token for the unknown.  So it is asked for a character that it
+    # hardly knows.  There is no such token if it spells the character in bytes, or leaves it out.
     hieroglyph = "\U00013000"
     ids = tokens_of(tokenizer, hieroglyph)
     unknown = None
-    if ids and hieroglyph not in decode_all(tokenizer, ids):
+    if ids and hieroglyph not in text_of(tokenizer, ids):
         unknown = ids[-1]
 
     texts = []
     lost = set()
     for problem in problems:
         ids = tokens_of(tokenizer, problem.text)
-        known = decode_all(tokenizer, [token for token in ids if token != unknown])
+        known = text_of(tokenizer, [token for token in ids if token != unknown])
         text = "".join(problem.text.split())  # without white space, which some tokenizers drop
         known = "".join(known.split())
         if 2 * ids.count(unknown) > len(ids) or 2 * len(known) < len(text):
@@ -436,7 +430,7 @@ def unknown_prompts(tokenizer, problems):
             lost |= set(text) - set(known)
     if not texts:
         return ""
-    # A character may be known in one place and not in another, where words are tokens.
+    # Where words are tokens no character need be lost, as each is known as part of another word.
     names = ", ".join(repr(character) for character in sorted(lost or set(texts[0]))[:8])
     return (
         f"{len(texts)} of {len(problems)} prompts become mostly unknown tokens, such as "
@@ -445,15 +439,14 @@ def unknown_prompts(tokenizer, problems):
 
 
 def judge_completion(problem, prompt_ids, ids, truncated, tokenizer, reward, max_new_tokens):
-    """(text, verdict) of one completion.
+    """(text, verdict) of one completion: what the reward reads, and the dict that it returns.
 
-    prompt_ids: the tokens of the prompt with its prefill; ids: those of the completion. Unless it
-    was truncated the last one is an end token. If that is a control token the reward does not read
-    it; an end token with a text of its own, such as </answer>, it reads.
-    text: what the reward reads. It includes the prefill, because the prompt may have opened the
-    <think> that the completion closes. verdict: the dict of parts that Reward returns.
+    prompt_ids: the tokens of the prompt with its prefill; ids: those of the completion.
+    The text begins with the prefill, which may have opened the <think> that the completion closes.
     """
     written = ids
+    # The last token is the end token, unless the completion was truncated.  It is read only if it
+    # is text, such as </answer>.
     if not truncated and is_control_token(tokenizer, ids[-1]):
         written = ids[:-1]
     text = problem.prefill + completion_text(tokenizer, prompt_ids, written)
@@ -467,16 +460,14 @@ def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens):
     """
     texts = []
     verdicts = []
-    tokens = rollouts.tokens.tolist()
-    prompt_lengths = rollouts.prompt_length.tolist()
-    lengths = rollouts.length.tolist()
-    truncated = rollouts.truncated.tolist()
-    for row, index in enumerate(rollouts.problem.tolist()):
+    columns = (rollouts.problem, rollouts.tokens, rollouts.prompt_length, rollouts.truncated)
+    rows = zip(*[column.tolist() for column in columns], rollouts.completions())
+    for index, tokens, prompt_length, truncated, ids in rows:
         text, verdict = judge_completion(
             problem=problems[index],
-            prompt_ids=tokens[row][: prompt_lengths[row]],
-            ids=tokens[row][prompt_lengths[row] : lengths[row]],
-            truncated=truncated[row],
+            prompt_ids=tokens[:prompt_length],
+            ids=ids,
+            truncated=truncated,
             tokenizer=tokenizer,
             reward=reward,
             max_new_tokens=max_new_tokens,
@@ -487,11 +478,10 @@ def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens):
 
 
 def right_leaf_test(tokenizer, problems, prompts, reward, max_new_tokens):
-    """A function leaf -> is its completion right?
+    """A function leaf -> is its completion right?  For Options.until of a search in training.
 
-    prompts: the token ids of the problems, as the expander has them.
-    It is meant for Options.until of a search in training. It knows the answer, so evaluation never
-    uses it.
+    prompts: the token ids of the problems, as the expander has them.  The function knows the
+    answer, so an evaluation must not use it.
     """
 
     def is_right(leaf):
@@ -509,44 +499,21 @@ def right_leaf_test(tokenizer, problems, prompts, reward, max_new_tokens):
     return is_right
 
 
-# -------------------------------------------------------------------------------------- Evaluation
-def decode_chunk(model, prompts, indices, options, *, decode, value_function, seed):
-    """Decode N prompts in lock-step. Returns N trees, and the model tokens spent on each.
-
-    indices: the global numbers of their problems. Iteration -1 keeps the noise apart from that of
-    training. The noise depends on the global number, so it depends neither on the chunk nor on the
-    rank.
-    """
-    keys = astar_search.root_keys(seed, -1, indices)
-    expander = astar_search.Expander(
-        model, prompts, max_new_tokens=options.max_new_tokens, value_function=value_function
-    )
-    if decode == "astar":
-        # h comes from the head alone and options.until is not set: nothing here knows the answer.
-        trees = astar_search.search(keys, expander, options)
-    else:
-        trees = astar_search.sample(keys, expander, options, greedy=decode == "greedy")
-    return trees, expander.spent
+# --------------------------------------------------------------------------------------- Evaluation
 
 
-def problem_row(index, problem, prompt_ids, tree, model_tokens, tokenizer, reward, max_new_tokens):
-    """What the jsonl file holds of one problem and its completions, all but the scores.
+def problem_row(index, problem, prompt_ids, tree, model_tokens, judge):
+    """What the jsonl file holds of one problem, all but its scores.
 
-    Completions come in the order in which they were accepted. count: draws that gave this one;
-    weight: count/n of a sample, pi/q of a search; f: the search key, log pi of a sample; tokens:
-    length with the end of sequence. The verdict adds reward, correct, formatted and answer.
+    judge: judge_completion with its last three arguments filled in.
+
+    Its completions come in the order in which they were found.  Of each: text; count, the draws
+    that gave it; weight, count/n of a sample or pi/q of a search; f, the search key, or log pi of a
+    sample; tokens, with the end token; truncated; and the verdict of the reward.
     """
     completions = []
     for leaf in tree.leaves:
-        text, verdict = judge_completion(
-            problem=problem,
-            prompt_ids=prompt_ids,
-            ids=leaf.tokens(),
-            truncated=leaf.truncated,
-            tokenizer=tokenizer,
-            reward=reward,
-            max_new_tokens=max_new_tokens,
-        )
+        text, verdict = judge(problem, prompt_ids, leaf.tokens(), leaf.truncated)
         completion = {
             "text": text,
             "count": leaf.count,
@@ -555,8 +522,7 @@ def problem_row(index, problem, prompt_ids, tree, model_tokens, tokenizer, rewar
             "tokens": leaf.depth,
             "truncated": leaf.truncated,
         }
-        completion.update(verdict)
-        completions.append(completion)
+        completions.append({**completion, **verdict})
     return {
         "index": index,
         "prompt": problem.prompt,
@@ -586,19 +552,16 @@ def evaluate(
     batch=512,
     seed=0,
 ):
-    """Returns (result, rows): figures for JSON, and one row a problem with completions and scores.
+    """Decode and score all problems.  Returns (result, rows), on every rank those of all ranks.
 
-    model: in eval mode. n: completions a problem (sample) or leaves a problem (astar).
+    model: in eval mode, its full weights gathered by the caller (fsdp.full_weights).
+    n: completions a problem (sample) or leaves a problem (astar).
     batch: problems decoded in lock-step.
 
-    result: problems, accuracy, accuracy_interval, format, completion_length, truncated and
-    tokens_per_problem (model tokens). decode="sample" adds majority and pass@1, 2, 4, ... up to n;
-    "astar" adds majority, by leaf weight, and found (any leaf right). Each comes again as
-    NAME_by_difficulty. All these can be recounted from the rows; seconds_per_problem cannot.
-
-    Each rank decodes its share of the problems on full weights, which the caller gathers
-    (fsdp.full_weights). Then every rank receives every row. So the figures are the same for any
-    number of ranks.
+    rows: one a problem, see problem_row and problem_scores.
+    result: problems, the mean of each score, accuracy_interval, tokens_per_problem (model tokens),
+    and each of these as NAME_by_difficulty.  They can be recounted from the rows.  The one more,
+    seconds_per_problem, cannot.
     """
     start = time.perf_counter()
     options = astar_search.Options(
@@ -609,31 +572,31 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         max_nodes=max_nodes,
     )
-    # This rank's share of the problems, chunk by chunk.
+    judge = functools.partial(
+        judge_completion, tokenizer=tokenizer, reward=reward, max_new_tokens=max_new_tokens
+    )
     rows = []
-    own = list(fsdp.rank_slice(len(problems), ranks))
+    own = list(fsdp.rank_slice(len(problems), ranks))  # this rank's share, by number
     for first in range(0, len(own), batch):
         indices = own[first : first + batch]
         prompts = encode_prompts(tokenizer, [problems[index] for index in indices])
-        trees, spent = decode_chunk(
-            model=model,
-            prompts=prompts,
-            indices=indices,
-            options=options,
-            decode=decode,
-            value_function=value_function,
-            seed=seed,
-        )
+        expander = astar_search.Expander(model, prompts, max_new_tokens, value_function)
+        # The noise depends on a problem's number, not on its chunk or rank.  No iteration of
+        # training is -1.
+        keys = astar_search.root_keys(seed, -1, indices)
+        if decode == "astar":
+            # h is the head's and options.until is not set, so nothing here knows the answer.
+            trees = astar_search.search(keys, expander, options)
+        else:
+            trees = astar_search.sample(keys, expander, options, greedy=decode == "greedy")
         for i, index in enumerate(indices):
             row = problem_row(
                 index=index,
                 problem=problems[index],
                 prompt_ids=prompts[i],
                 tree=trees[i],
-                model_tokens=spent[i],
-                tokenizer=tokenizer,
-                reward=reward,
-                max_new_tokens=max_new_tokens,
+                model_tokens=expander.spent[i],
+                judge=judge,
             )
             row["scores"] = problem_scores(row, decode)
             rows.append(row)
@@ -648,12 +611,13 @@ def evaluate(
     return result, rows
 
 
-# ------------------------------------------------------------------------------------ Result files
+# ------------------------------------------------------------------------------------- Result files
+
+
 def check_output(path, overwrite):
     """Raise ValueError unless the two files of --json can be written.
 
-    path: the name that --json gives, or None if there is to be no file. overwrite: files of these
-    names may exist.
+    path: of --json; None: there are to be no files.  overwrite: the two may exist already.
     """
     if path is None:
         return
@@ -672,7 +636,7 @@ def check_output(path, overwrite):
 
 
 def save_results(path, result, rows):
-    """Write the figures to PATH.json and the rows to PATH.jsonl; nothing if path is None.
+    """Write the figures to `path`, OUT.json, and the rows to OUT.jsonl; nothing if path is None.
 
     Returns the exit status of the command: 0, or 2 if a file could not be written.
     """
@@ -690,11 +654,11 @@ def save_results(path, result, rows):
 def read_rows(path):
     """The rows of a jsonl file that --json wrote.
 
-    Only what a comparison reads is checked: prompt, truth, and an accuracy in [0, 1]. Raises
+    Only what a comparison reads is checked: prompt, truth, and an accuracy in [0, 1].  Raises
     ValueError that names the line, and OSError if the file cannot be read.
     """
     rows = []
-    # In bytes: then a line that is not UTF-8 raises in json.loads, where its number is known.
+    # Read as bytes: a line that is not UTF-8 then raises in json.loads, where its number is known.
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -711,9 +675,16 @@ def read_rows(path):
     return rows
 
 
-# -------------------------------------------------------------------------------------- Comparison
-def check_same_problems(rows_A, rows_B):
-    """Raise ValueError unless both lists of rows are about the same problems in the same order."""
+# --------------------------------------------------------------------------------------- Comparison
+
+
+def paired_test(rows_A, rows_B, repeats=10_000):
+    """Paired test of two lists of rows about the same problems.
+
+    Returns a dict: among others the mean difference B - A in accuracy, its 95 % interval by a
+    bootstrap over problems (`repeats` resamples), and p by the sign test.
+    Raises ValueError if the problems differ.
+    """
     if len(rows_A) != len(rows_B):
         sizes = f"A has {len(rows_A)} problems and B {len(rows_B)}"
         raise ValueError(f"{sizes}: evaluate both with the same --n")
@@ -721,20 +692,11 @@ def check_same_problems(rows_A, rows_B):
         if a["prompt"] != b["prompt"] or a["truth"] != b["truth"]:
             prompts = f"{a['prompt']!r} in A and {b['prompt']!r} in B"
             raise ValueError(f"line {number} is about {prompts}: the problems differ")
-
-
-def paired_test(rows_A, rows_B, repeats=10_000):
-    """Paired test of two lists of rows about the same problems.
-
-    Returns a dict with the mean difference B - A in accuracy, its 95 % interval by a bootstrap over
-    problems (`repeats` resamples), and p by the sign test. Raises ValueError if problems differ.
-    """
-    check_same_problems(rows_A, rows_B)
     accuracy_A = torch.tensor([row["scores"]["accuracy"] for row in rows_A], dtype=torch.float64)
     accuracy_B = torch.tensor([row["scores"]["accuracy"] for row in rows_B], dtype=torch.float64)
     gain = accuracy_B - accuracy_A  # (problems,)
-    # Bootstrap: the mean gain of as many problems, drawn with replacement, `repeats` times. One
-    # draw takes both models' accuracy on a problem, hence the pairing.
+    # Bootstrap: the mean gain of as many problems, drawn with replacement, `repeats` times.  A
+    # drawn problem brings the accuracies of both models: that is the pairing.
     generator = torch.Generator().manual_seed(0)
     means = []
     for _ in range(repeats):
@@ -756,19 +718,21 @@ def paired_test(rows_A, rows_B, repeats=10_000):
 
 
 def compare_files(path_A, path_B):
-    """The paired test of two jsonl files, as text. Raises what read_rows and paired_test raise."""
+    """The paired test of two jsonl files, as text.  Raises what read_rows and paired_test raise."""
     result = paired_test(read_rows(path_A), read_rows(path_B))
     # Two significant digits, because three decimals would show a small p as 0.
     result["p_value"] = f"{result['p_value']:.2g}"
     return format_report(result)
 
 
-# ------------------------------------------------------------------------------- Worst completions
+# -------------------------------------------------------------------------------- Worst completions
+
+
 def worst_completions(rows, decode, each):
     """{kind of fault: (how many there are, up to `each` of them as (row, completion))}.
 
-    The examples come in the order of the problems, but well-formed wrong numbers by their distance
-    from the truth. A kind that does not occur is left out.
+    A kind that does not occur is left out.  The examples are in the order of the problems;
+    well-formed wrong numbers are in the order of their distance from the truth.
     """
     no_leaf = []
     truncated = []
@@ -785,7 +749,7 @@ def worst_completions(rows, decode, each):
                 malformed.append((row, completion))
             elif not completion["correct"]:
                 wrong.append((row, completion))
-    # With a reward of the user's own, an answer need not be a number. Then there is no distance.
+    # With a reward of the user's own, an answer need not be a number.  Then there is no distance.
     if all(isinstance(c["answer"], int) and isinstance(row["truth"], int) for row, c in wrong):
         wrong.sort(key=lambda pair: abs(pair[1]["answer"] - pair[0]["truth"]))
     faults = {
@@ -807,7 +771,9 @@ def print_worst(rows, decode, each):
             print(f"  {row['prompt']}{c['text']}   read {c['answer']}, right is {row['truth']}")
 
 
-# ------------------------------------------------------------------------------------ Command line
+# ------------------------------------------------------------------------------------- Command line
+
+
 def make_output_printable():
     """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
@@ -819,7 +785,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
     def error(self, message):
-        """Print the sentence and exit. Of the ranks that torchrun starts only one prints it."""
+        """Print the sentence and exit.  Of the ranks that torchrun starts only one prints it."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
@@ -829,50 +795,72 @@ def make_parser():
     """The parser of eval.py."""
     about = "Accuracy of a model on held-out multiplication problems."
     parser = OneLineParser(prog="eval.py", description=about, allow_abbrev=False)
-    add = parser.add_argument
-    model = "folder or hub id of a causal language model (default tiny_base beside eval.py)"
-    add("--model", default=TINY_BASE, help=model)
-    decode = "how completions are made (default %(default)s)"
-    add("--decode", choices=("greedy", "sample", "astar"), default="greedy", help=decode)
+
+    def add(name, help, **options):
+        """Add a flag whose help ends with its default."""
+        parser.add_argument(name, help=f"{help} (default %(default)s)", **options)
+
+    parser.add_argument(
+        "--model",
+        default=TINY_BASE,
+        help="folder or hub id of a causal language model (default tiny_base beside eval.py)",
+    )
+    decoders = ("greedy", "sample", "astar")
+    add("--decode", "how completions are made", choices=decoders, default="greedy")
     # torchrun takes --n for one of its own flags, such as --nnodes; hence the second name.
-    problems = "number of held-out problems (default 500; with --eval-file all of it)"
-    add("--n", "--problems", type=int, metavar="N", help=problems)
-    completions = "sample: completions a problem; astar: leaves a problem (default %(default)s)"
-    add("--completions", type=int, default=8, help=completions)
-    digits = "digits per operand: 2, 3, 2x3, 2-3, ... (default %(default)s)"
-    add("--digits", default="2", help=digits)
-    prompt = "prompt style (default %(default)s)"
-    add("--prompt", choices=tuple(data.PROMPTS), default="terse", help=prompt)
-    prefill = "text that completions begin with, such as '<think>' (default: the style's own)"
-    add("--prefill", help=prefill)
-    eval_file = "a jsonl file of problems with prompt and answer (default: made problems)"
-    add("--eval-file", help=eval_file)
-    reward = "a reward of your own (default: the built-in one)"
-    add("--reward", default="", metavar="FILE.py:FUNCTION", help=reward)
-    max_new_tokens = "most tokens of a completion (default %(default)s)"
-    add("--max-new-tokens", type=int, default=48, help=max_new_tokens)
-    tau = "astar: temperature of the search's noise (default %(default)s)"
-    add("--tau", type=float, default=0.0, help=tau)
-    width = "astar: nodes of a problem run at once (default %(default)s)"
-    add("--width", type=int, default=2, help=width)
-    max_nodes = "astar: most nodes a problem (default %(default)s)"
-    add("--max-nodes", type=int, default=1024, help=max_nodes)
-    add("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
-    device = "cpu, cuda, ...; auto is a GPU if there is one (default %(default)s)"
-    add("--device", default="auto", help=device)
-    show = "worst completions to print, of each kind (default %(default)s)"
-    add("--show", type=int, default=2, help=show)
-    output = "write the figures there, and every completion to OUT.jsonl (default: no files)"
-    add("--json", metavar="OUT.json", help=output)
-    overwrite = "replace these two files if they exist (default: refuse to)"
-    add("--overwrite", action="store_true", help=overwrite)
-    compare = "only a paired test of B against A, without a model (default: none)"
-    add("--compare", nargs=2, metavar=("A.jsonl", "B.jsonl"), help=compare)
+    parser.add_argument(
+        "--n",
+        "--problems",
+        type=int,
+        metavar="N",
+        help="number of held-out problems (default 500; with --eval-file all of it)",
+    )
+    completions = "sample: completions a problem; astar: leaves a problem"
+    add("--completions", completions, type=int, default=8)
+    add("--digits", "digits per operand: 2, 3, 2x3, 2-3, ...", default="2")
+    add("--prompt", "prompt style", choices=tuple(data.PROMPTS), default="terse")
+    parser.add_argument(
+        "--prefill",
+        help="text that completions begin with, such as '<think>' (default: the style's own)",
+    )
+    parser.add_argument(
+        "--eval-file",
+        help="a jsonl file of problems with prompt and answer (default: made problems)",
+    )
+    parser.add_argument(
+        "--reward",
+        default="",
+        metavar="FILE.py:FUNCTION",
+        help="a reward of your own (default: the built-in one)",
+    )
+    add("--max-new-tokens", "most tokens of a completion", type=int, default=48)
+    add("--tau", "astar: temperature of the search's noise", type=float, default=0.0)
+    add("--width", "astar: nodes of a problem run at once", type=int, default=2)
+    add("--max-nodes", "astar: most nodes a problem", type=int, default=1024)
+    add("--seed", "seed of the draws", type=int, default=0)
+    add("--device", "cpu, cuda, ...; auto is a GPU if there is one", default="auto")
+    add("--show", "worst completions to print, of each kind", type=int, default=2)
+    parser.add_argument(
+        "--json",
+        metavar="OUT.json",
+        help="write the figures there, and every completion to OUT.jsonl (default: no files)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace these two files if they exist (default: refuse to)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.jsonl", "B.jsonl"),
+        help="only a paired test of B against A, without a model (default: none)",
+    )
     return parser
 
 
 def check_arguments(arguments):
-    """Raise ValueError, one sentence, for a flag that cannot be meant."""
+    """Raise ValueError, one sentence, for a value that its flag cannot take."""
     if arguments.compare and arguments.json:
         raise ValueError("--compare only prints: leave --json out")
     for name in ("n", "completions", "max_new_tokens", "width", "max_nodes"):
@@ -886,7 +874,7 @@ def check_arguments(arguments):
 
 
 def load_problems(arguments):
-    """The problems that the flags ask for. Raises ValueError if there are fewer than --n."""
+    """The problems that the flags ask for.  Raises ValueError if there are fewer than --n."""
     n = arguments.n
     path = arguments.eval_file
     if not path:
@@ -922,11 +910,11 @@ def load_model(arguments, problems, ranks):
 
 
 def print_results(result, rows, arguments):
-    """Print the table and the worst completions, and assert what the file is for."""
+    """Print the table and the worst completions; assert that the accuracy is a plain count."""
     print(f"{arguments.model}, {arguments.decode}")
     print(format_report(result))
     print_worst(rows, arguments.decode, arguments.show)
-    # The accuracy is a plain count over the rows: right draws / all draws.
+    # accuracy = right draws / all draws, as every problem has equally many draws
     correct = 0
     drawn = 0
     for row in rows:
@@ -985,7 +973,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """The command. Ctrl-C and a failing reward end it with one sentence and no traceback."""
+    """The command.  Ctrl-C and a failing reward end it with one sentence and no traceback."""
     make_output_printable()
     try:
         run(argv)

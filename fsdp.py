@@ -469,32 +469,22 @@ def prune_checkpoints(folder, iteration, keep):
             shutil.rmtree(os.path.join(folder, name))
 
 
-def files_below(folder):
-    """Return the paths of all files below a folder, relative to it, sorted.
-
-    A tokenizer with several chat templates, for example, writes a folder of them.
-    """
-    names = []
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            names.append(os.path.relpath(os.path.join(parent, file), folder))
-    return sorted(names)
-
-
 def finish_checkpoint(aside, final, state):
     """Turn a folder that was written aside into the checkpoint `final`.
 
     trainer_state.json is written into it: `state`, with size and checksum of every other file.  All
     is synced to the disk before the folder is renamed, so whoever sees the name sees all of it.
     """
-    names = files_below(aside)
-    files = {name: fingerprint(os.path.join(aside, name)) for name in names}
-    text = json.dumps({**state, "files": files}, indent=1)
+    folders = []
+    names = []  # of all files, relative to the checkpoint; some tokenizers write folders of files
+    for folder, _, files in os.walk(aside):
+        folders.append(folder)
+        names += [os.path.relpath(os.path.join(folder, file), aside) for file in files]
+    fingerprints = {name: fingerprint(os.path.join(aside, name)) for name in sorted(names)}
+    text = json.dumps({**state, "files": fingerprints}, indent=1)
     write_file(os.path.join(aside, "trainer_state.json"), text)
-    for name in names:
-        sync_to_disk(os.path.join(aside, name))
-    for folder, _, _ in os.walk(aside):
-        sync_to_disk(folder)
+    for path in [*[os.path.join(aside, name) for name in names], *folders]:
+        sync_to_disk(path)
     os.rename(aside, final)
     sync_to_disk(os.path.dirname(final) or ".")
 
@@ -504,7 +494,7 @@ def read_trainer_state(folder):
 
     Raises ValueError that names the first file which is missing or damaged.
     """
-    name = "trainer_state.json"  # the file that an error is about
+    name = "trainer_state.json"  # the file that an error is about; the loop below changes it
     try:
         with open(os.path.join(folder, name)) as file:
             state = json.load(file)
@@ -533,10 +523,9 @@ def named_parameters(model, head):
     another number of ranks.
     """
     parameters = {}
-    for name, parameter in model.named_parameters():
-        parameters[f"policy.{name}"] = parameter
-    for name, parameter in head.named_parameters():
-        parameters[f"value.{name}"] = parameter
+    for owner, module in (("policy", model), ("value", head)):
+        for name, parameter in module.named_parameters():
+            parameters[f"{owner}.{name}"] = parameter
     return parameters
 
 
@@ -544,10 +533,8 @@ def save_checkpoint(folder, model, tokenizer, head, optimizer, state, ranks):
     """Write the checkpoint `folder`, .../checkpoint_iter_N, and return its path.  A collective.
 
     It is a Hugging Face folder (what save_pretrained of the model and the tokenizer write) with
-    value.safetensors, optimizer.safetensors and trainer_state.json (`state`).  It is written aside,
-    synced, then renamed.  All ranks help to put the tensors together; the main one writes.
-
-    model, tokenizer: anything with save_pretrained.  Raises OSError if the checkpoint cannot be
+    value.safetensors, optimizer.safetensors and trainer_state.json (`state`).  All ranks help to
+    put the tensors together; the main one writes.  Raises OSError if the checkpoint cannot be
     written; nothing of it is left then.
     """
     weights = full_state(named_tensors(model), ranks)
@@ -582,7 +569,7 @@ def try_checkpoint(folder, model, tokenizer, head, optimizer, state, ranks):
     read: a tokenizer that cannot be saved, a full disk.  Raises ValueError with one sentence.
     """
     trial = os.path.join(folder, "checkpoint_trial")
-    aside = os.path.join(folder, ".checkpoint_trial")  # where save_checkpoint writes it
+    aside = os.path.join(folder, ".checkpoint_trial")  # where save_checkpoint writes it first
     failure = ""
     if ranks.is_main:  # what a killed trial has left
         shutil.rmtree(trial, ignore_errors=True)
@@ -591,7 +578,7 @@ def try_checkpoint(folder, model, tokenizer, head, optimizer, state, ranks):
         save_checkpoint(trial, model, tokenizer, head, optimizer, state, ranks)
         if ranks.is_main:
             read_trainer_state(trial)
-    except Exception as error:  # save_pretrained of any model or tokenizer
+    except Exception as error:  # save_pretrained of a model or tokenizer may raise anything
         lines = str(error).splitlines() or ["no message"]
         failure = f"{type(error).__name__}: {lines[0]}"
     if ranks.is_main:

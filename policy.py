@@ -14,10 +14,10 @@ Departures from the literature:
 
 1. grpo has no KL term.
 2. The rollouts of ppo, grpo and em can be leaves of a search instead of samples.  The ratio
-   pi_theta/pi_old corrects for the policy having moved since the rollouts were made.  It does not
-   turn the leaves into samples of pi_old: a search without replacement returns likely completions
-   less often than sampling would, and rare ones more often.  The leaf weights pi/q correct for
-   that.  With them a sum over leaves estimates an expectation under pi_old.
+   pi_theta/pi_old corrects only for the steps since the rollouts were made.  A search without
+   replacement returns likely completions less often than sampling would, and rare ones more often.
+   The leaf weights pi/q correct for that: a weighted sum over leaves estimates an expectation
+   under pi_old.
 3. apo needs neither the ratio nor the leaf weights where its conditions hold (see apo_loss).  At
    the optimum its residual is zero for every completion, whatever method found it.
 
@@ -175,7 +175,7 @@ def check_weights(name, model, loading):
 
 
 def freeze(model, blocks):
-    """Stop the gradient of the embeddings and of the first n blocks; n = 0: of nothing.
+    """Stop the gradient of the embeddings and of the first `blocks` blocks; 0: of nothing.
 
     An output layer that is tied to the embeddings is frozen with them.
     Returns the model.  Raises ValueError if it has fewer blocks.
@@ -193,10 +193,8 @@ def freeze(model, blocks):
 
 def transformer_blocks(model):
     """The blocks of the transformer: the longest ModuleList of the backbone."""
-    module_lists = []
-    for module in model.base_model.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            module_lists.append(module)
+    modules = model.base_model.modules()
+    module_lists = [module for module in modules if isinstance(module, torch.nn.ModuleList)]
     return max(module_lists, key=len, default=[])
 
 
@@ -239,8 +237,8 @@ def score(model, tokens, mask, max_logits=2**24):
         entropy (B, T-1): of the distribution that each token came from, float32, zero off the mask.
         hidden (B, T-1, D): last hidden state of the prefix before each token, for the value head.
 
-    The output layer runs only where the mask is True, in chunks of at most max_logits logits.
-    Each chunk is computed again in the backward pass, so a (B, T, V) tensor is never stored.
+    The output layer runs only where the mask is True, in chunks of at most max_logits logits.  If
+    there are several, each is computed again in the backward pass, and its logits are not kept.
     """
     B, T = tokens.shape
     assert mask.shape == (B, T - 1)
@@ -327,7 +325,7 @@ def variance_sums(values, returns, weight):
 def explained_variance(sums):
     """1 - Var(return - V)/Var(return), from `variance_sums`.
 
-    1: V predicts every return.  0: V predicts no better than the mean return does.
+    1: V predicts every return, up to a constant.  0: no better than the mean return does.
     None where all returns are the same.
     """
     total = sums["weight"] or 1.0
@@ -358,7 +356,8 @@ def grpo_advantages(rewards, weight, problem):
 
     # A_i = (r_i - mean) / (standard deviation + 1e-6)
     advantages = centred / (variance[problem].sqrt() + 1e-6)
-    # Equal rewards teach nothing.  Rounding would leave 1e-16/1e-6, and Adam makes a step of it.
+    # Equal rewards teach nothing.  Rounding would leave an A of 1e-10, and Adam makes a full step
+    # of however small a gradient.
     least = r.new_zeros(len(total)).scatter_reduce(0, problem, r, "amin", include_self=False)
     most = r.new_zeros(len(total)).scatter_reduce(0, problem, r, "amax", include_self=False)
     advantages = torch.where((most > least)[problem], advantages, 0.0)
@@ -372,12 +371,12 @@ def em_advantages(targets, weight, problem, correct):
     weight (B,): leaf weights that sum to one within each problem.  problem (B,): int64.
     correct (B,): bool.  Returns advantages (B,).
 
-    Times weight, A is the leaf's share of its problem's targets, times the best of them.  Two
-    consequences:
+    weight * A is the leaf's share of the sum of weight * t(r), scaled by the problem's best t(r).
+    Two consequences:
     - A right completion counts alike however unlikely it is under pi.  The gradient is that of
       log E_pi[t(r)], while that of E_pi[r] would be as small as pi.
     - A problem without a right leaf teaches nothing: its A is 0.  Otherwise the least bad of its
-      wrong leaves would be imitated, and Adam would make a full step of however small a gradient.
+      wrong leaves would be imitated.
     """
     # Z = sum_i w_i t(r_i)
     Z = torch.bincount(problem, weight * targets)  # (N,)
@@ -394,8 +393,8 @@ def optimal_value(rewards, beta1):
     rewards (..., n) -> (...).
     """
     best = rewards.amax(dim=-1, keepdim=True)
-    # V*(x) = beta1 log( 1/n sum_i exp(r_i/beta1) ), with the best reward taken out of the sum.  So
-    # V* of equal rewards is exactly that reward: then nothing is learned, not even from rounding.
+    # V*(x) = beta1 log( 1/n sum_i exp(r_i/beta1) ), with the best reward taken out of the sum.
+    # Then V* of equal rewards is exactly that reward, and no step is made of its rounding.
     return best[..., 0] + beta1 * ((rewards - best) / beta1).exp().mean(dim=-1).log()
 
 
@@ -413,7 +412,7 @@ def ppo_loss(
     ratio = (log_prob - old_log_prob).exp()
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
-    # 0 times the entropy would still be differentiated, over the whole vocabulary.
+    # Left out at 0: its backward pass would go over the whole vocabulary all the same.
     bonus = 0.0
     if entropy_coef:
         bonus = entropy_coef * entropy

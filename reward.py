@@ -3,11 +3,11 @@
     r(y) = accuracy (+1 right, -1 wrong)
          + format_bonus * [well-formed] - length_penalty * (length / longest length)
 
-So r lies in [r_lo, r_hi] = [-1 - length_penalty, 1 + format_bonus]. The two small terms only break
+So r lies in [r_lo, r_hi] = [-1 - length_penalty, 1 + format_bonus].  The two small terms only break
 ties: as long as format_bonus + length_penalty < 2, every right completion earns more than every
-wrong one. Thinking itself earns nothing.
+wrong one.  Thinking itself earns nothing.
 
-A completion is the prefill (a <think> that the prompt may end with) plus what the model wrote. The
+A completion is the prefill (a <think> that the prompt may end with) plus what the model wrote.  The
 rest of the prompt is never read, so an answer that is quoted there cannot count.
 
 Another task brings a reward function of its own: --reward FILE.py:FUNCTION, see OwnReward.
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 ANSWER = re.compile(r"<answer>([^<>]*)</answer>")
 
-# A number: an optional sign, then plain digits, or groups of three digits between commas. Leading
-# zeros are refused. With them each problem would have endlessly many correct completions, and the
+# A number: an optional sign, then plain digits, or groups of three digits between commas.  Leading
+# zeros are refused.  With them each problem would have endlessly many correct completions, and the
 # count of distinct correct completions would count paddings of zeros.
 NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d*)")
 
@@ -59,8 +59,8 @@ def parse_number(text):
 def parse_answer(completion):
     """The last <answer>number</answer> outside of <think>...</think> as a number, or None.
 
-    All text before the last </think> is thought, whether or not a <think> opened it. All text after
-    a <think> that is never closed is thought too.
+    All text before the last </think> is thought, whether or not a <think> opened it.  All text
+    after a <think> that is never closed is thought too.
     """
     after_thought = completion.rpartition("</think>")[2]
     said = after_thought.partition("<think>")[0]
@@ -112,7 +112,7 @@ class Reward:
 
         completion: text, prefill included; answer: the right number.
         length_fraction: tokens written / most tokens allowed, in [0, 1].
-        truncated: the completion was cut off at the limit. Whatever it says, it is then neither
+        truncated: the completion was cut off at the limit.  Whatever it says, it is then neither
         right nor well-formed.
         Returns a dict that JSON can hold: {reward, correct, formatted, answer}.
         """
@@ -147,7 +147,7 @@ class OwnReward:
     problem: a data.Problem; its `answer` is whatever JSON value the line of the file holds.
     completion: text, prefill included.
 
-    The function has an attribute `bounds` = (r_lo, r_hi). It returns a number within them, or a
+    The function has an attribute `bounds` = (r_lo, r_hi).  It returns a number within them, or a
     dict with that number as `reward` and any of these keys:
         correct     default: is the reward r_hi?
         formatted   default: True
@@ -243,7 +243,7 @@ def import_file(path):
 def source_files(path):
     """Paths of a Python file and of the files beside it that it imports, directly or not.
 
-    The file itself comes first.  Of a package beside it, all files belong to it.
+    The file itself comes first.  A package beside it counts with all of its files.
     """
     path = pathlib.Path(path).absolute()
     files = [path]
@@ -302,9 +302,9 @@ def load_own_reward(name):
 def load_reward(name="", format_bonus=0.1, length_penalty=0.0):
     """The reward of a run: an object with `bounds` and `judge`.
 
-    name: FILE.py:FUNCTION for a reward of one's own, or "" for the built-in one. format_bonus and
+    name: FILE.py:FUNCTION for a reward of one's own, or "" for the built-in one.  format_bonus and
     length_penalty are those of the built-in one.
-    Raises ValueError as these two do.
+    Raises ValueError if no reward can be made of them.
     """
     if name:
         return load_own_reward(name)

@@ -9,7 +9,7 @@ expectations over pi, the policy, of what a completion of the prefix s will be w
 
 Both are means of a number that is known when the rollout ends, and are fitted to it by squared
 error (Monte-Carlo returns).  The soft value of KL-regularised RL,
-V*(s) = beta log E_pi[exp(r/beta) | s], follows from u exactly, for any reward in [r_lo, r_hi].
+V*(s) = beta log E_pi[exp(r/beta) | s], is a function of u, for any reward in [r_lo, r_hi].
 In nats, the unit of log pi, it is
 
     h(s) = V*(s)/beta = log( u exp(r_hi/beta) + (1 - u) exp(r_lo/beta) )

@@ -221,19 +221,23 @@ def small_model(config):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+@torch.no_grad()
 def strengthen(model):
     """Draw every matrix anew with a spectral norm of about 2, so that attention has an effect.
 
     In float64, because rounding would sometimes swap two experts that are almost equally good.
     """
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                deviation = parameter.shape[-1] ** -0.5
-                parameter.normal_(0.0, deviation, generator=generator)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            deviation = parameter.shape[-1] ** -0.5
+            parameter.normal_(0.0, deviation, generator=generator)
     model.set_experts_implementation("eager")  # the faster ones know no float64
     model.double()
+    try:
+        model(torch.arange(4)[None])
+    except RuntimeError:  # an architecture that knows no float64
+        model.float()
 
 
 # ----------------------------------------------------------------------------------- The comparison

@@ -15,6 +15,7 @@ import torch
 import transformers
 from conftest import rows
 
+import astar_search
 import data
 import eval as evaluation
 import fsdp
@@ -394,3 +395,144 @@ def test_samples_of_a_run_are_what_the_model_wrote(tmp_path, base):
         places = range(len(prompt) - 1, len(ids) - 1)
         log_pi = sum(log_probs[0, t, ids[t + 1]].item() for t in places)
         assert row["log_pi"] == pytest.approx(log_pi, abs=1e-3)
+
+
+# ---------------------------------------------------------------- data.py, reward.py: what is given
+
+
+def test_an_empty_prefill_replaces_that_of_a_line(tmp_path):
+    """ "" means no prefill, and None that of the line."""
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "1*1=", "answer": 1, "prefill": "<think>"}\n')
+    found = [data.read_problems(path, prefill)[0].prefill for prefill in (None, "", "x")]
+    assert found == ["<think>", "", "x"]
+
+
+@pytest.mark.parametrize(
+    "returned, allowed", [(-0.5, True), (-0.6, False), (2.0, True), (2.1, False)]
+)
+def test_a_reward_of_ones_own_lies_within_both_bounds(returned, allowed):
+    """Below r_lo the soft value would be wrong as above r_hi."""
+
+    def function(problem, completion):
+        return returned
+
+    own = reward_module.OwnReward("own", function, (-0.5, 2.0))
+    if allowed:
+        assert own.judge(data.Problem("1=", 1), "x")["reward"] == returned
+    else:
+        with pytest.raises(reward_module.RewardError, match="not a number from -0.5 to 2"):
+            own.judge(data.Problem("1=", 1), "x")
+
+
+# ------------------------------------------------------------------- flags that must not be ignored
+
+
+def watch(monkeypatch, module, name):
+    """Record the arguments of every call of a function: [(positional, keywords), ...]."""
+    function = getattr(module, name)
+    calls = []
+
+    def watched(*arguments, **keywords):
+        calls.append((arguments, keywords))
+        return function(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, watched)
+    return calls
+
+
+def test_every_number_of_the_update_and_the_search_arrives(tmp_path, monkeypatch):
+    """One run with other values than the defaults; each is looked for where it is used.
+
+    Guards against an argument that is left out of a call: the default would be used silently.
+    """
+    ppo_loss = watch(monkeypatch, policy, "ppo_loss")
+    ratio_metrics = watch(monkeypatch, policy, "ratio_metrics")
+    gae = watch(monkeypatch, value_module, "gae")
+    soft_target = watch(monkeypatch, value_module, "soft_target")
+    clip_grad_norm = watch(monkeypatch, train, "clip_grad_norm_")
+    split_by_length = watch(monkeypatch, train, "split_by_length")
+    searches = watch(monkeypatch, astar_search, "search")
+    prune = watch(monkeypatch, fsdp, "prune_checkpoints")
+    guide = watch(monkeypatch, evaluation, "value_function")
+    evaluate = watch(monkeypatch, evaluation, "evaluate")
+    flags = """
+        --clip .31 --entropy-coef .02 --gae-lambda .7 --grad-clip .4 --width 3 --max-nodes 77
+        --max-open 99 --cover .6 --beta .3 --rollout-batch 3 --micro-batch 5 --keep-checkpoints 4
+        --eval-decode astar --eval-completions 2 --guide none --seed 9 --epochs 3 --minibatches 2
+    """.split()
+    run(tmp_path, *flags)
+    for _, keywords in ppo_loss:
+        assert (keywords["clip"], keywords["entropy_coef"]) == (0.31, 0.02)
+    for _, keywords in ratio_metrics:
+        assert keywords["clip"] == 0.31
+    for arguments, _ in gae:
+        assert arguments[3] == 0.7
+    for arguments, _ in soft_target:
+        assert arguments[3] == 0.3
+    # The policy and the head in each of 3 * 2 steps.
+    assert [arguments[1] for arguments, _ in clip_grad_norm] == [0.4] * 12
+    assert {arguments[2] for arguments, _ in split_by_length} == {5}
+    of_training = searches[1:-1]  # the first and the last are of the evaluations
+    assert [len(arguments[0]) for arguments, _ in of_training] == [3, 1]
+    for arguments, _ in of_training:
+        options = arguments[2]
+        assert (options.K, options.tau, options.width) == (3, 1.0, 3)
+        assert (options.max_nodes, options.max_open, options.cover) == (77, 99, 0.6)
+        assert (options.max_new_tokens, options.until) == (8, None)
+    keys = [key for arguments, _ in of_training for key in arguments[0]]
+    assert keys == root_keys(9, 1, range(4))
+    assert prune[-1][0][2] == 4
+    assert guide[0][0][2] == 0.3
+    assert guide[0][1]["use_head"] is False
+    for _, keywords in evaluate:
+        assert (keywords["decode"], keywords["n"], keywords["max_new_tokens"]) == ("astar", 2, 8)
+        assert (keywords["width"], keywords["max_nodes"], keywords["batch"]) == (3, 77, 3)
+
+
+def test_every_number_of_apo_arrives(tmp_path, monkeypatch):
+    """V* by beta1 on so many samples, the loss by beta2; leaves are divided by leaves.
+
+    Four problems in two minibatches: weights that sum to one in each problem, and divided by the
+    number of problems sum to one in a minibatch.
+    """
+    optimal_value = watch(monkeypatch, policy, "optimal_value")
+    apo_loss = watch(monkeypatch, policy, "apo_loss")
+    flags = "--loss apo --beta1 .7 --beta2 .02 --apo-samples 3 --epochs 1 --minibatches 2".split()
+    run(tmp_path, *flags)
+    ((rewards, beta1), _) = optimal_value[0]
+    assert rewards.shape == (4, 3)
+    assert beta1 == 0.7
+    for _, keywords in apo_loss:
+        assert keywords["beta2"] == 0.02
+    total = sum(keywords["leaf_weights"].sum().item() for _, keywords in apo_loss)
+    assert total == pytest.approx(2.0)
+
+
+class Stop(Exception):
+    """Ends an evaluation as soon as its arguments are known."""
+
+
+def test_every_number_of_an_evaluation_arrives(monkeypatch):
+    def stop(*arguments, **keywords):
+        raise Stop(arguments, keywords)
+
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    flags = """
+        --decode astar --n 3 --completions 5 --max-new-tokens 9 --tau .4 --width 6 --max-nodes 70
+        --seed 8 --device cpu --digits 1 --prompt terse --prefill x
+    """.split()
+    with pytest.raises(Stop) as stopped:
+        evaluation.main(flags)
+    arguments, keywords = stopped.value.args
+    assert [problem.prefill for problem in arguments[2]] == ["x"] * 3
+    assert keywords == {
+        "decode": "astar",
+        "n": 5,
+        "max_new_tokens": 9,
+        "value_function": None,
+        "tau": 0.4,
+        "width": 6,
+        "max_nodes": 70,
+        "seed": 8,
+    }

@@ -134,11 +134,10 @@ def test_a_user_meets_the_window_before_anything_is_written(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_window_of_which_the_config_says_nothing_is_found():
+def test_a_window_of_which_the_config_says_nothing_is_found(monkeypatch):
     """Guards against trust in the config's numbers: the last probe is as long as the run."""
     model = fresh(transformers.MistralConfig, sliding_window=16)
-    to_dict = model.config.to_dict
-    model.config.to_dict = lambda: {"hidden_size": to_dict()["hidden_size"]}
+    monkeypatch.setattr(astar_search, "config_numbers", lambda config: {64: ["hidden_size"]})
     astar_search.check_model(model, longest=16)
     sentence = refusal(model, longest=60)
     assert "beyond 16 tokens, where" in sentence
