@@ -237,19 +237,10 @@ class Tree:
         """
         if rank >= len(parent.children):
             return None
-        child = parent.children[rank]
+        # The record as Python numbers, in the order of the columns of score_children.
+        f, h, g, G, log_prob, token, key = parent.children[rank].item()[:7]
         node = Node(
-            problem=parent.problem,
-            parent=parent,
-            token=child["token"].item(),
-            depth=parent.depth + 1,
-            f=child["f"].item(),
-            h=child["h"].item(),
-            g=child["g"].item(),
-            G=child["G"].item(),
-            log_prob=child["log_prob"].item(),
-            key=child["key"].item(),
-            rank=rank,
+            parent.problem, parent, token, parent.depth + 1, f, h, g, G, log_prob, key, rank
         )
         node.mark_leaf(self.options)
         heapq.heappush(self.queue, (-node.f, node))

@@ -96,7 +96,8 @@ def difficulty(a, b):
 def is_held_out(a, b):
     """True if the pair {a, b} belongs to evaluation.
 
-    Symmetric: if a*b is an evaluation problem, neither a*b nor b*a is ever trained on.
+    Symmetric: if a*b is an evaluation problem, neither a*b nor b*a is ever trained on.  They have
+    the same product, so a model that memorised one would know the other.
     """
     name = f"{min(a, b)}*{max(a, b)}"
     # A checksum, because Python's own hash() of a text differs from process to process.

@@ -10,9 +10,13 @@ have the same names in a single process, where they have little to do: `all_gath
 `[x]`, and `rank_slice(n, ranks)` is all n.  So the loop reads the same for one process and many.
 
 Two rules keep ranks from waiting for each other for ever:
-  1. Every rank calls every collective equally often.  A rank with nothing left to do still joins.
+  1. Every rank calls every collective equally often.  A backward pass is one: it gathers weights
+     and adds up gradients.  So a rank without rollouts still runs as many, with a loss of 0.
   2. What the ranks must agree on (totals, whether to stop, which checkpoint) is sent to all of them
      by `all_gather`.  No rank infers it from its own data.
+
+FSDP averages gradients over the ranks.  A loss that is to be added up over them, because it was
+divided by a total of all ranks, is therefore multiplied by their number.
 
 Where it departs from common practice:
   1. Rollouts run on whole weights (`full_weights`), because ranks search for different lengths of

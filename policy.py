@@ -411,6 +411,7 @@ def ppo_loss(
     # ratio = pi_theta(a|s) / pi_old(a|s)
     ratio = (log_prob - old_log_prob).exp()
     clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    # The gradient is 0 where A > 0 and ratio > 1 + eps, and where A < 0 and ratio < 1 - eps.
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     # Left out at 0: its backward pass would go over the whole vocabulary all the same.
     bonus = 0.0

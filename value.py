@@ -8,7 +8,9 @@ expectations over pi, the policy, of what a completion of the prefix s will be w
     target(r) = (exp(r/beta) - exp(r_lo/beta)) / (exp(r_hi/beta) - exp(r_lo/beta))
 
 Both are means of a number that is known when the rollout ends, and are fitted to it by squared
-error (Monte-Carlo returns).  The soft value of KL-regularised RL,
+error (Monte-Carlo returns).  They are these expectations only as far as the weighted leaves stand
+for pi: by sampling, and by a search at tau > 0 with the weights pi/q.  At tau = 0 they are means
+over what the search finds.  The soft value of KL-regularised RL,
 V*(s) = beta log E_pi[exp(r/beta) | s], is a function of u, for any reward in [r_lo, r_hi].
 In nats, the unit of log pi, it is
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported
+# A shell lets processes in the background ignore Ctrl-C, and some tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # ------------------------------------------------------------------------------- Starting processes
 

@@ -1,6 +1,6 @@
 """README.md and docs/ say what the code does: functions, flags, metrics, commands, links, snippets.
 
-python tests/test_readme.py     # checks and runs the commands of the documentation alone
+The commands are checked and run by main(), in a process and a folder of their own (`checked`).
 """
 
 import argparse
