@@ -997,9 +997,9 @@ def check_model(model, longest=None, training=False):
         as the model's context has, at most 256.
     training: True if the update will run the model in training mode.
 
-    The model is in eval mode.  Probes find all that could be wrong: a cache or mask of another
-    kind, recurrent layers, a scaled or capped output layer, attention that changes with length, and
-    randomness in training mode.
+    The model is in eval mode.  Probes look for what is known to go wrong: a cache or mask of
+    another kind, recurrent layers, a scaled or capped output layer, attention that changes with
+    length, and randomness in training mode.
     """
     refuse = f"the model type {model.config.model_type} cannot serve the search"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -1007,8 +1007,9 @@ def check_model(model, longest=None, training=False):
     if model.get_output_embeddings() is None:
         raise ValueError(f"{refuse}: it has no output layer")
     tokens = probe_tokens(model, 3)
-    alone = probe_failure(model, prompts=[tokens[:2]], K=1)
-    failure = alone or probe_failure(model, prompts=[tokens[:2], tokens[2:]], K=2)
+    # One prompt first, then two of unequal length, which need padding.
+    one_prompt = probe_failure(model, prompts=[tokens[:2]], K=1)
+    failure = one_prompt or probe_failure(model, prompts=[tokens[:2], tokens[2:]], K=2)
     if failure:
         layers = sorted(set(getattr(model.config, "layer_types", None) or ()))
         kinds = f"; its layers are of {' and '.join(layers)}" if layers else ""
@@ -1032,7 +1033,7 @@ def check_lengths(model, longest, refuse):
     the run needs.
     """
     keys = config_numbers(model.config)
-    exact = 3  # so many tokens have passed
+    exact = 3  # the longest length that has passed so far: check_model has tried it
     lengths = {number for number in keys if exact < number < longest}
     lengths.add(max(exact, longest - 2))
     for length in sorted(lengths):
@@ -1040,16 +1041,17 @@ def check_lengths(model, longest, refuse):
         if failure is None:
             exact = length
             continue
-        while length - exact > 1:  # bisection: the shortest length that fails
-            middle = (exact + length) // 2
+        failing = length
+        while failing - exact > 1:  # bisection, for a failure that begins at one length
+            middle = (exact + failing) // 2
             if length_failure(model, middle):
-                length = middle
+                failing = middle
             else:
                 exact = middle
-        source = f" ({' or '.join(keys[length])} in its config)" if length in keys else ""
+        source = f" ({' or '.join(keys[failing])} in its config)" if failing in keys else ""
         raise ValueError(
-            f"{refuse} beyond {length} tokens{source}, where {failure}: the longest prompt plus "
-            f"--max-new-tokens must stay within {length}, and is {longest}"
+            f"{refuse} beyond {failing} tokens{source}, where {failure}: the longest prompt plus "
+            f"--max-new-tokens must stay within {failing}, and is {longest}"
         )
 
 
@@ -1125,10 +1127,11 @@ def probe_error(model, prompts, K):
         for leaf in [leaf for tree in trees for leaf in tree.leaves]:
             tokens = torch.tensor(prompts[leaf.problem] + leaf.tokens()[:-1], device=model.device)
             plain = model(tokens[None], use_cache=False).logits[0]  # (T, V)
-            start = model(tokens[None, :8], use_cache=False).logits[0]
+            # The same on the first tokens alone: no position may depend on what follows.
+            first = model(tokens[None, :8], use_cache=False).logits[0]
             by_search = torch.stack([searched[node.parent] for node in leaf.path_nodes()])  # (3, V)
             differences.append(by_search - F.log_softmax(plain[-3:].float(), dim=-1))
-            differences.append((start - plain[:8]).float())
+            differences.append((first - plain[:8]).float())
     return torch.cat(differences).abs().max().item()
 
 

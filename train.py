@@ -76,7 +76,7 @@ class Config:
 
     # Rollouts: how completions are found.  A search of a problem ends with its first right leaf
     # (`until_right`), at K leaves, when its leaves hold enough of pi (`cover`), or at `max_nodes`.
-    # `width` and `rollout_batch` trade memory for speed; they never change which leaves are found.
+    # `width` and `rollout_batch` trade memory for speed; they change nothing but rounding.
     rollout: str = flag("astar", "A* search, or i.i.d. sampling", choices=("astar", "sample"))
     problems_per_iteration: int = flag(64, "problems an iteration", low=1)
     rollouts_per_problem: int = flag(64, "K: most leaves of a search, or completions drawn", low=1)
@@ -107,7 +107,7 @@ class Config:
     iterations: int = flag(360, "iterations in all", low=1)
     epochs: int = flag(2, "passes over the rollouts of an iteration", low=1)
     minibatches: int = flag(2, "optimiser steps a pass", low=1)
-    micro_batch: int = flag(64, "rollouts a forward of the update; no effect on the result", low=1)
+    micro_batch: int = flag(64, "rollouts a forward of the update; changes only rounding", low=1)
     learning_rate: float = flag(2e-4, "peak learning rate of the policy", above=0)
     value_learning_rate: float = flag(1e-3, "peak learning rate of the value head", above=0)
     warmup: int = flag(1, "iterations of linear warm-up, before the cosine", low=0)
@@ -123,7 +123,7 @@ class Config:
     )
 
     # The run: where it runs, what it writes and how often.  Apart from the seed, none of these
-    # changes what is learned.
+    # changes what is learned, but for rounding.
     seed: int = flag(0, "of problems, noise and order: same seed, same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
@@ -233,9 +233,8 @@ PRESETS = {
         "cover": 0.9,
     },
 }
-# Flags that come with another.
-# The defaults belong together: 64 leaves, plain A* and a stop at the first right one suit em alone.
-# So these flags bring others along, unless the preset or the user sets them.
+# Flags that bring others along, unless the preset or the user sets those.  64 leaves of plain A*
+# and a stop at the first right one, the defaults, suit em alone.
 COMPANIONS = {
     ("rollout", "sample"): {"rollouts_per_problem": 4},
     ("loss", "ppo"): GUMBEL_LEAVES,
@@ -266,11 +265,12 @@ def main(argv=None):
     ranks, reward = run.ranks, run.reward
     policy_parameters = [p for p in run.model.parameters() if p.requires_grad]
     head_parameters = list(run.head.parameters())
-    # Nodes of a search wake Python's collector often.  It need not look at what is here already.
+    # A search makes many nodes, and that starts garbage collections.  What exists already is left
+    # out of them.
     gc.freeze()
     stop_signal = None
     with explain_failures(run), StopSignals(ranks) as signals:
-        if not run.source:
+        if not run.source:  # a new run: first the accuracy of the base
             row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
             log_row(run, row)
             run.say(
@@ -283,7 +283,7 @@ def main(argv=None):
             if stop_signal is not None:
                 break
 
-            # ------------------------------------------------ 1. Rollouts: A* search, or sampling
+            # -------------------------------------------------- 1. Rollouts: A* search, or sampling
             run.clock.enter("rollouts")
             problems, indices = draw_problems(config, iteration, ranks, run.file_problems)
             # Whole weights on every rank: each search runs as many forwards as it needs.
@@ -301,7 +301,7 @@ def main(argv=None):
                     K=config.rollouts_per_problem,
                 )
 
-            # ------------------------------------------------------------------------ 2. Rewards
+            # --------------------------------------------------------------------------- 2. Rewards
             # B rollouts: the leaves of all problems, one after the other.
             texts, verdicts = evaluation.judge_rollouts(
                 rollouts, run.tokenizer, problems, reward, config.max_new_tokens
@@ -309,7 +309,7 @@ def main(argv=None):
             rewards = torch.tensor([verdict["reward"] for verdict in verdicts])  # (B,)
             correct = torch.tensor([verdict["correct"] for verdict in verdicts], dtype=torch.bool)
 
-            # -------------------------------------------------- 3. Leaf weights and advantages
+            # ------------------------------------------------------- 3. Leaf weights and advantages
             # Index t of a grid (B, T-1) is about the token at t+1.  All that needs pi_old is
             # computed here, once, before the first step moves the policy.
             mask = rollouts.mask  # (B, T-1)
@@ -352,7 +352,7 @@ def main(argv=None):
                         run.model, rollouts, indices, config, iteration, ranks.device
                     )
 
-            # --------------------------------------------------------------------- 4. The update
+            # ------------------------------------------------------------------------ 4. The update
             scale = learning_rate_scale(config, iteration)
             for group in run.optimizer.param_groups:
                 group["lr"] = scale * group["peak"]
@@ -439,7 +439,7 @@ def main(argv=None):
             run.model_tokens += model_tokens
             run.clock.enter("other")
 
-            # ---------------------------------------------------- 5. Log, evaluate, checkpoint
+            # --------------------------------------------------------- 5. Log, evaluate, checkpoint
             row = {
                 "iteration": iteration,
                 "seconds": 0.0,
@@ -464,7 +464,8 @@ def main(argv=None):
             save(run)
 
     if stop_signal is not None:
-        return fsdp.shutdown(ranks, print_stop(run, stop_signal))
+        status = print_stop(run, stop_signal)
+        return fsdp.shutdown(ranks, status)
     print_end(run)
     return fsdp.shutdown(ranks)
 
@@ -690,7 +691,7 @@ def teaches_policy(totals, config):
 
     Not if all advantages are zero: under em, if no leaf is right; under grpo, if the leaves of each
     problem have earned the same.  Under ppo the critic is hardly ever right to the last digit, so
-    that wrong leaves teach too: what is less bad than V said.
+    that wrong leaves teach too: one that earned more than V predicted is reinforced.
     """
     return totals["signal"] > 0 or config.loss == "apo" or config.entropy_coef > 0
 
@@ -841,7 +842,8 @@ def evaluate(run):
 
 
 def fresh_explained_variance(run, iteration, most=128):
-    """Explained variance of V on fresh samples of pi: one of each of `most` held-out problems.
+    """Explained variance of V on fresh samples of pi: one of each of the first `most` held-out
+    problems.
 
     The critic was not fitted to them, and they are draws from pi, while the rollouts of an
     iteration are what a search found.  None where all returns are the same.
@@ -1021,7 +1023,7 @@ def print_end(run):
     run.say(f"metrics: {metrics}   rollouts: {samples}   model: {run.saved}")
 
 
-# -------------------------------------------------------------------------------- Saving, stopping
+# --------------------------------------------------------------------------------- Saving, stopping
 
 
 def trainer_state(run):
@@ -1066,7 +1068,7 @@ class StopSignals:
     ends the process.
     """
 
-    PATIENCE = 2.0  # seconds; whoever presses Ctrl-C twice in one go means one
+    PATIENCE = 2.0  # seconds; two presses within them count as one
 
     def __init__(self, ranks):
         self.ranks = ranks
@@ -1114,9 +1116,7 @@ def failure_sentence(error, ranks):
             f"{rank}{ranks.device} is out of memory: lower --micro-batch, --rollout-batch or "
             "--max-nodes (see examples/memory.py)"
         )
-    if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError)):
-        return f"{rank}{error}"
-    if isinstance(error, NoLeafError):
+    if isinstance(error, (FloatingPointError, OSError, reward_module.RewardError, NoLeafError)):
         return f"{rank}{error}"
     if ranks.world_size > 1 and isinstance(error, RuntimeError) and fsdp.lost_peer(error):
         return f"{rank}another rank has ended, and its own message says why"
@@ -1191,7 +1191,7 @@ class Clock:
         self.entered = now
 
     def seconds(self):
-        """Of the run so far, over all its resumes."""
+        """Seconds of the run so far, over all its resumes."""
         return self.seconds_before + time.perf_counter() - self.started
 
 
@@ -1226,7 +1226,7 @@ class Run:
     evaluated: dict = dataclasses.field(default_factory=dict)  # iteration -> accuracy
 
     def path(self, name):
-        """Of a file in the output folder."""
+        """The path of a file in the output folder."""
         return os.path.join(self.config.output_dir, name)
 
     def say(self, text, file=None):
@@ -1328,7 +1328,8 @@ def open_run(run, state):
 
     def open_loggers_and_lock():
         # A resumed run writes its logs from the iteration after its checkpoint on.
-        loggers = open_loggers(config, run.iteration + bool(run.source))
+        first = run.iteration + 1 if run.source else 0
+        loggers = open_loggers(config, first)
         return loggers, fsdp.lock_folder(config.output_dir)
 
     opened = fsdp.on_main(open_loggers_and_lock, run.ranks)
@@ -1382,7 +1383,7 @@ def load_everything(config, source, reward, ranks):
     model or None, problems of --train-file or None, evaluation problems).  Raises ValueError with
     the first thing that is wrong.
     """
-    file_problems, eval_problems = load_problems(config)
+    file_problems, eval_problems = load_problem_sets(config)
     # A model to be sharded is loaded on the CPU; each block moves to the device when it is split.
     device = ranks.device if ranks.mesh is None else "cpu"
     model, tokenizer = policy.load_policy(
@@ -1418,7 +1419,7 @@ def load_everything(config, source, reward, ranks):
     return model, tokenizer, head, reference, file_problems, eval_problems
 
 
-def load_problems(config):
+def load_problem_sets(config):
     """(problems of --train-file or None, evaluation problems).  Raises ValueError, OSError."""
     any_answer = bool(config.reward)
     file_problems = None
@@ -1497,7 +1498,7 @@ def make_optimizer(model, head, config):
     return torch.optim.AdamW(groups)
 
 
-# --------------------------------------------------------------------------------- A run's folder
+# ----------------------------------------------------------------------------------- A run's folder
 
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
 # May differ between a run and its continuation: where and how fast it runs, and what it writes.  A
@@ -1573,7 +1574,7 @@ def input_files(config):
 
 
 def checksum(path):
-    """Of a file's content.  A pipe can be read only once, so its name must do."""
+    """The SHA-256 of a file.  A pipe can be read only once, so of a pipe it is the name."""
     if os.path.exists(path) and not os.path.isfile(path):
         return str(path)
     return fsdp.fingerprint(path)["sha256"]
