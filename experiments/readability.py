@@ -1,7 +1,7 @@
 """How readable is a checkout?  The same counts for old and new, as a markdown table.
 
     python experiments/readability.py                                  # this checkout
-    python experiments/readability.py /tmp/base . --trace              # two beside each other
+    python experiments/readability.py OLD_CHECKOUT . --trace            # two beside each other
 
 Standard library only; --trace runs the checkout's train.py and needs torch.  How each is counted:
 

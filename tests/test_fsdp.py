@@ -3,6 +3,7 @@
 Ranks are gloo processes on the CPU.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -121,13 +122,12 @@ def one_thread():
 
 
 def test_the_demo_of_the_file_alone(tmp_path):
-    """fsdp.py copied into an empty folder, on one rank and on three.
+    """fsdp.py on one rank, copied into an empty folder, and on three.
 
     Gradients averaged instead of added, a slice lost, or a sibling needed fail its assertions.
     """
     shutil.copy(ROOT / "fsdp.py", tmp_path)
-    started = [launch(n, "fsdp.py", cwd=tmp_path) for n in (1, 3)]
-    for process in started:
+    for process in (launch(1, "fsdp.py", cwd=tmp_path), ForkedRanks(3, "fsdp.py")):
         output = finish(process)
         assert "the state is whole: ok" in output
         assert "a flipped bit in it is noticed: ok" in output
@@ -329,20 +329,28 @@ def test_a_damaged_checkpoint_is_passed_over(runs, damage, tmp_path, capsys):
     assert distance(folder / "checkpoint_iter_4", runs[1] / "checkpoint_iter_4") == 0
 
 
-def limit_files_to_1_mib():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+@contextlib.contextmanager
+def full_disk_after_1_mib():
+    """Inside, this process can write no file beyond its first MiB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(runs, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint(runs, tmp_path, capsys):
     """A limit on the size of files, as a full disk: one sentence, exit 1, no half checkpoint."""
     folder = copy_until(2, runs[1], tmp_path / "run")
-    words = flags(folder, "--resume", "auto")
-    process = launch(1, "train.py", *words, preexec_fn=limit_files_to_1_mib)
-    output = finish(process, code=1)
-    assert "checkpoint_iter_3 cannot be written" in output
-    assert "Traceback" not in output
-    assert "the last good checkpoint is" in output
-    assert "checkpoint_iter_2" in output
+    with full_disk_after_1_mib(), pytest.raises(SystemExit) as stop:
+        run(folder, "--resume", "auto")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "checkpoint_iter_3 cannot be written" in error
+    assert "the last good checkpoint is" in error
+    assert "checkpoint_iter_2" in error
+    assert error.count("\n") == 1
     left = sorted(path.name for path in folder.glob("*checkpoint*"))
     assert left == ["checkpoint_iter_1", "checkpoint_iter_2"]
     run(folder, "--resume", "auto")

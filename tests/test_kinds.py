@@ -186,6 +186,15 @@ def test_a_search_asks_for_no_node_twice():
     assert len(wide.asked) <= 7
 
 
+def test_each_of_several_end_tokens_ends_a_completion():
+    """pi = (.5, .2, .3), ends 0 and 2, at most two tokens: 0, 2, 10, 11 and 12, of pi .5 to .04."""
+    options = Options(eos=(0, 2), K=9, tau=0.0, max_new_tokens=2)
+    (tree,) = search(root_keys(0, 0, [0]), same_row((0.5, 0.2, 0.3)), options)
+    assert [leaf.tokens() for leaf in tree.leaves] == [[0], [2], [1, 0], [1, 2], [1, 1]]
+    assert [leaf.truncated for leaf in tree.leaves] == [False, False, False, False, True]
+    assert tree.stopped == "exhausted"
+
+
 def test_the_mass_of_samples_that_end_alike_is_counted_once():
     """pi = (.6, .3, .1) and 64 samples of one token: three leaves that hold 1, and not 64 terms."""
     options = Options(eos=(), K=64, max_new_tokens=1)
