@@ -266,6 +266,29 @@ def test_the_interval_of_two_problems_in_four():
     )
 
 
+def test_samples_of_an_evaluation_do_not_depend_on_the_batch(base):
+    """Noise is keyed by the number of the problem; by its place in the batch, two would be alike.
+
+    The two problems are the same, so that with the same noise their completions would be the same.
+    """
+    problems = [data.make_problem(12, 34)] * 2
+    found = []
+    for batch in (1, 2):
+        _, kept = evaluation.evaluate(
+            *base,
+            problems,
+            reward_module.Reward(),
+            ONE,
+            decode="sample",
+            n=4,
+            max_new_tokens=14,
+            batch=batch,
+        )
+        found.append([[c["text"] for c in row["completions"]] for row in kept])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+
+
 # ---------------------------------------------------------------------------------------- reward.py
 
 
