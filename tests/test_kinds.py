@@ -4,6 +4,7 @@ One section a file of the eight.  The numbers are worked by hand.
 """
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -568,3 +569,51 @@ def test_every_number_of_an_evaluation_arrives(monkeypatch):
         "max_nodes": 70,
         "seed": 8,
     }
+
+
+# ------------------------------------------------------------------ Numbers that only look harmless
+
+
+def test_em_counts_a_problem_by_its_best_target():
+    """One right leaf of target .6, alone in its problem: A = .6 * .6/.6 = .6, and not 1.
+
+    Without the best target a right but ill-formed answer would count like a well-formed one.
+    """
+    advantages = policy.em_advantages(
+        targets=torch.tensor([0.6, 1.0]),
+        weight=torch.ones(2),
+        problem=torch.tensor([0, 1]),
+        correct=torch.tensor([True, True]),
+    )
+    assert torch.allclose(advantages, torch.tensor([0.6, 1.0]))
+
+
+def test_apo_reads_no_log_ratio_off_the_mask():
+    """Log ratios (1, 2, 4), the last off the mask, beta2 = .1, V* = r: loss (.1 * 3)^2 = .09."""
+    loss, _ = policy.apo_loss(
+        log_prob=torch.tensor([[1.0, 2.0, 4.0]]),
+        ref_log_prob=torch.zeros(1, 3),
+        mask=torch.tensor([[True, True, False]]),
+        rewards=torch.ones(1),
+        optimal_values=torch.ones(1),
+        beta2=0.1,
+        leaf_weights=torch.ones(1),
+    )
+    assert abs(loss.item() - 0.09) < 1e-6
+
+
+def test_the_seconds_of_a_run_go_on_after_a_resume():
+    """A clock that starts with 100 seconds says at least 100, and those of its own beside them."""
+    clock = train.Clock(100.0)
+    assert 100.0 <= clock.seconds() < 110.0
+    assert train.Clock().seconds() < 10.0
+
+
+def test_a_resumed_run_has_the_seconds_of_its_checkpoint(tmp_path):
+    """The trainer state says 1,000 seconds: every row after the resume has more."""
+    run(tmp_path / "run")
+    state_file = tmp_path / "run" / "checkpoint_iter_1" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state_file.write_text(json.dumps({**state, "seconds": 1000.0}))
+    run(tmp_path / "run", "--resume", "auto", iterations=2)
+    assert rows(tmp_path / "run" / "metrics.jsonl")[-1]["seconds"] > 1000.0
