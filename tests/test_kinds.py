@@ -617,3 +617,64 @@ def test_a_resumed_run_has_the_seconds_of_its_checkpoint(tmp_path):
     state_file.write_text(json.dumps({**state, "seconds": 1000.0}))
     run(tmp_path / "run", "--resume", "auto", iterations=2)
     assert rows(tmp_path / "run" / "metrics.jsonl")[-1]["seconds"] > 1000.0
+
+
+def test_totals_of_a_minibatch_are_weighted():
+    """Leaves of weight .25 and .75 with 1 and 3 tokens, advantages 2 and -1.
+
+    tokens: .25 + 3 * .75 = 2.5;  leaves: 1;  signal: .25 * 2 + 3 * .75 * 1 = 2.75.
+    """
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    extra = {
+        "leaf_weight": torch.tensor([0.25, 0.75]),
+        "advantages": torch.tensor([[2.0], [-1.0]]) * mask,
+    }
+    rollouts = types.SimpleNamespace(extra=extra, mask=mask)
+    totals = train.minibatch_totals(rollouts, [torch.tensor([1]), torch.tensor([0])], ONE)
+    assert totals == {"tokens": 2.5, "leaves": 1.0, "signal": 2.75}
+
+
+def test_the_rate_of_every_group_follows_the_schedule(tmp_path, monkeypatch):
+    """Iteration 1 of a warm-up of 10: a tenth of the peak, for the policy and for the head."""
+    made = []
+    make_optimizer = train.make_optimizer
+
+    def watched(*arguments):
+        made.append(make_optimizer(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(train, "make_optimizer", watched)
+    run(tmp_path / "run", "--warmup", 10)
+    peaks = {group["peak"] for group in made[0].param_groups}
+    assert peaks == {3e-4, 1e-3}
+    for group in made[0].param_groups:
+        assert group["lr"] == pytest.approx(0.1 * group["peak"])
+
+
+def test_the_last_iteration_is_kept_whatever_the_interval(tmp_path):
+    """One iteration, a checkpoint every 50: there is one at the end."""
+    run(tmp_path / "run", "--checkpoint-every", 50)
+    assert (tmp_path / "run" / "checkpoint_iter_1").is_dir()
+
+
+FREE = """
+    iterations device distributed cpu_offload output_dir eval_every eval_completions
+    checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
+    wandb tensorboard train_file eval_file reward
+""".split()
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(train.Config)])
+def test_which_flags_may_differ_on_resume(name):
+    """Any other flag would make the run a mixture of two: of another seed, for example.
+
+    (The user's files are free here because they are compared by content.)
+    """
+    config = train.Config()
+    before = dataclasses.asdict(config)
+    before[name] = "another"
+    if name in FREE:
+        train.check_same_run(config, {"config": before, "inputs": {}}, "runs/x")
+        return
+    with pytest.raises(ValueError, match="differs from the another"):
+        train.check_same_run(config, {"config": before, "inputs": {}}, "runs/x")
