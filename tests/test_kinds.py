@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 import transformers
-from conftest import rows
+from conftest import rows, tensors
 
 import astar_search
 import data
@@ -678,3 +678,44 @@ def test_which_flags_may_differ_on_resume(name):
         return
     with pytest.raises(ValueError, match="differs from the another"):
         train.check_same_run(config, {"config": before, "inputs": {}}, "runs/x")
+
+
+def test_the_first_step_is_as_long_as_the_rates(tmp_path):
+    """Adam's first step moves every weight by the rate, whatever the gradient.
+
+    A warm-up of four iterations: .25 of each peak, 1e-3 of the policy and 4e-3 of the head, whose
+    last bias starts at 0.  The checkpoint of the end is there, though none is due before.
+    """
+    flags = """
+        --warmup 4 --epochs 1 --minibatches 1 --learning-rate 1e-3 --value-learning-rate 4e-3
+        --checkpoint-every 50
+    """.split()
+    run(tmp_path, *flags)
+    moved = tensors(tmp_path / "checkpoint_iter_1")
+    assert moved["value/outer.bias"].abs().tolist() == pytest.approx([1e-3, 1e-3], rel=1e-3)
+    before = policy.load_policy(BASE)[0].state_dict()["model.norm.weight"]
+    step = (moved["model/model.norm.weight"] - before).abs()
+    assert step.median().item() == pytest.approx(2.5e-4, rel=1e-2)
+
+
+def test_a_cover_of_one_never_stops_a_search(tmp_path, monkeypatch):
+    """pi of the leaves may add up to 1.0 by rounding, long before K leaves are found."""
+    searches = watch(monkeypatch, astar_search, "search")
+    run(tmp_path, "--cover", "1")
+    assert searches
+    assert all(arguments[2].cover == math.inf for arguments, _ in searches)
+
+
+def test_the_critic_is_fitted_to_rewards_and_u_to_soft_targets(tmp_path, monkeypatch):
+    """Nearly every answer within 8 tokens is wrong: V's returns are about -1, u's targets 0."""
+    seen = []
+    value_loss = value_module.value_loss
+
+    def watched(**arguments):
+        seen.append((arguments["returns"], arguments["targets"]))
+        return value_loss(**arguments)
+
+    monkeypatch.setattr(value_module, "value_loss", watched)
+    run(tmp_path / "run")
+    assert min(returns.min().item() for returns, _ in seen) == -1.0
+    assert all(0.0 <= targets.min() and targets.max() <= 1.0 for _, targets in seen)
