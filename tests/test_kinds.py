@@ -345,7 +345,7 @@ def test_without_leaf_weights_the_counts_remain():
     assert train.leaf_weights(leaves, on).tolist() == pytest.approx([0.25, 0.75, 1.0])
 
 
-def rank_rows(rank, world_size, gather, monkeypatch):
+def rank_rows(rank, world_size, gather, monkeypatch, iteration=2):
     """sample_rows of one rank for 7 problems of 1 to 3 leaves each, all their fields distinct.
 
     gather(rows of this rank) -> rows by rank stands for the exchange.
@@ -370,7 +370,7 @@ def rank_rows(rank, world_size, gather, monkeypatch):
     rollouts.extra = {"leaf_weight": torch.tensor(columns["leaf_weight"])}
     config = train.Config(problems_per_iteration=7, samples=4, minibatches=1, seed=3)
     monkeypatch.setattr(fsdp, "all_gather", lambda found, ranks: gather(found))
-    return train.sample_rows(config, 2, indices, rollouts, texts, verdicts, problems, ranks)
+    return train.sample_rows(config, iteration, indices, rollouts, texts, verdicts, problems, ranks)
 
 
 def test_a_sample_holds_its_own_prompt_truth_and_completion(monkeypatch):
@@ -403,6 +403,17 @@ def test_a_sample_holds_its_own_prompt_truth_and_completion(monkeypatch):
         for rank in range(world_size):
             gathered = rank_rows(rank, world_size, lambda found, parts=parts: parts, monkeypatch)
             assert gathered == whole
+
+
+def test_every_iteration_shows_other_problems_and_leaves(monkeypatch):
+    """Four of seven problems and one leaf of each, drawn anew by (seed, iteration)."""
+    shown = []
+    for iteration in range(1, 31):
+        found = rank_rows(0, 1, lambda found: [found], monkeypatch, iteration)
+        shown.append([row["completion"] for row in found])
+    assert len({tuple(completions) for completions in shown}) > 20
+    leaves = {completion for completions in shown for completion in completions}
+    assert {"completion 2.0", "completion 2.1", "completion 2.2"} <= leaves
 
 
 def test_samples_of_a_run_are_what_the_model_wrote(tmp_path, base):
@@ -696,6 +707,7 @@ def test_the_first_step_is_as_long_as_the_rates(tmp_path):
     before = policy.load_policy(BASE)[0].state_dict()["model.norm.weight"]
     step = (moved["model/model.norm.weight"] - before).abs()
     assert step.median().item() == pytest.approx(2.5e-4, rel=1e-2)
+    assert rows(tmp_path / "metrics.jsonl")[1]["learning_rate"] == pytest.approx(2.5e-4)
 
 
 def test_a_cover_of_one_never_stops_a_search(tmp_path, monkeypatch):
