@@ -41,6 +41,7 @@ check of a model, and an optimisation for large vocabularies.
     python astar_search.py     # searches that are small enough to be checked by hand
 """
 
+import bisect
 import contextlib
 import heapq
 import math
@@ -163,8 +164,8 @@ class Tree:
 
     def start_ahead(self):
         """Start the search that runs ahead: from here on, with what was found so far."""
-        self.ahead = list(self.queue)  # its own queue; a copy of a heap is a heap
-        self.ahead_leaves = len(self.leaves)
+        self.ahead = list(self.queue)  # its own queue of (-f, node); a copy of a heap is a heap
+        self.ahead_leaves = sorted(-leaf.f for leaf in self.leaves)  # -f of the leaves it popped
         self.ahead_mass = self.mass
         self.unknown = []  # (parent, rank) of children that it queues once they are known
 
@@ -208,7 +209,8 @@ class Tree:
         Speculation changes what is known early, and never what is popped.
         """
         nodes = dict.fromkeys(self.unevaluated(self.queue[0][1]))  # a set with a fixed order
-        self.look_ahead(nodes)
+        if self.options.width > 1:
+            self.look_ahead(nodes)
         return list(nodes)
 
     def look_ahead(self, nodes):
@@ -230,13 +232,15 @@ class Tree:
         # of `width` places.
         lowest_f = self.queue[0][1].f - math.log(options.width)
         while self.ahead and self.ahead[0][1].f >= lowest_f:
-            # Each node may hold one of the leaves that are still wanted, and takes a pop at least.
-            most = min(options.width, options.K - self.ahead_leaves, options.max_nodes - self.pops)
+            # A node may hold one of the leaves that are wanted beside the known better ones, and
+            # takes a pop at least.
+            better_leaves = bisect.bisect(self.ahead_leaves, self.ahead[0][0])
+            most = min(options.width, options.K - better_leaves, options.max_nodes - self.pops)
             if len(nodes) >= most or self.ahead_mass >= options.cover:
                 return
             _, node = heapq.heappop(self.ahead)
             if node.is_leaf:
-                self.ahead_leaves += 1
+                bisect.insort(self.ahead_leaves, -node.f)
                 self.ahead_mass += math.exp(node.g)
             self.queue_ahead(node.successors(), nodes)
 

@@ -846,6 +846,20 @@ def test_the_run_ahead_saves_rounds(tau, bounds, rounds_share, most_evaluated):
     assert evaluated[1] <= evaluated[8] <= most_evaluated * evaluated[1]
 
 
+def test_a_known_leaf_takes_no_place_of_better_nodes():
+    """By hand: two leaves wanted, three rounds.
+
+    The leaf 0 (.3) is known after the first round, but the leaves 111 and 121 (.7 * .5 * .9 each)
+    are better.  So 11 and 12 are run in one round, as if nothing were known of the leaf 0.
+    """
+    rows = {(): [0.3, 0.7, 0], (1,): [0, 0.5, 0.5], (1, 1): [0.1, 0.9, 0], (1, 2): [0.1, 0.9, 0]}
+    expand = by_hand(rows, {s: [0.0] for s in rows})
+    options = replace(TABLE_OPTIONS, K=2, tau=0.0, width=4, max_new_tokens=3)
+    (tree,) = search([1], expand, options, CheckedTree)
+    assert paths(tree) == [(1, 1, 1), (1, 2, 1)]
+    assert tree.rounds == 3
+
+
 def test_speculation_only_adds():
     """A wider search evaluates what width 1 evaluates and perhaps more.
 
