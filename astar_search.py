@@ -35,13 +35,14 @@ Departures from the literature:
   rank that runs it; and no random state has to be saved.
 
 In this file, in reading order: node, tree, search, children, noise, leaf weights, sampling, the
-KV-cached language model, Rollouts, a demonstration.  The last two sections may be skipped: the
-check of a model, and an optimisation for large vocabularies.
+KV-cached language model, Rollouts, a demonstration.  The last three sections may be skipped: texts
+that end a completion, the check of a model, and an optimisation for large vocabularies.
 
     python astar_search.py     # searches that are small enough to be checked by hand
 """
 
 import contextlib
+import functools
 import heapq
 import math
 from collections import Counter
@@ -60,6 +61,8 @@ class Options:
     """Bounds and temperature of a search."""
 
     eos: tuple  # token ids that end a completion
+    # node -> bool: does its token end the completion too?  For example StopTexts.
+    stop: Callable | None = None
     K: int = 8  # leaves wanted
     tau: float = 1.0  # 0: plain A*; 1: Gumbel search
     width: int = 1  # nodes of one problem that a round may evaluate at once
@@ -88,12 +91,13 @@ class Node:
     key: int = 0  # hash of the path
     rank: int = 0  # place among its siblings by f
     is_leaf: bool = False
-    truncated: bool = False  # a leaf because max_new_tokens cut it, not by EOS
+    truncated: bool = False  # a leaf because max_new_tokens cut it, not by EOS or options.stop
     children: object = None  # records of top_children, best first; None until it was evaluated
     has_all_children: bool = False  # `children` lists every child
     slot: int | None = None  # where its K/V lies in the cache
     count: int = 1  # draws that ended here (sampling)
     weight: float = 1.0  # pi/q of an accepted leaf
+    text_end: object = None  # what options.stop keeps of the text up to here
 
     def path_nodes(self):
         """The nodes from the first token of the completion to this one, as a list."""
@@ -111,6 +115,8 @@ class Node:
     def mark_leaf(self, options):
         """Make the node a leaf if its token ends the completion, or if the limit cuts it there."""
         ended = self.token in options.eos
+        if not ended and options.stop is not None:
+            ended = options.stop(self)
         self.truncated = not ended and self.depth >= options.max_new_tokens
         self.is_leaf = ended or self.truncated
 
@@ -982,6 +988,111 @@ def main():
     best = next(iter(leaves.values()))
     root = best.path_nodes()[0].parent
     assert abs(best.G - root.G) < 1e-12
+
+
+# ------------------------------------------------------------------------------------- Stop texts
+#
+# A base model seldom writes EOS after its answer.  So a completion may end with a text as well.
+
+
+def tokens_of(tokenizer, text):
+    """The token ids of a text, without what the tokenizer adds; [] if it cannot encode the text."""
+    try:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception:
+        # A tokenizer without an unknown token may leave out what it does not know, or raise.
+        return []
+
+
+def text_of(tokenizer, ids, skip_special_tokens=False):
+    """The text of token ids with its spaces as they are, and by default with special tokens."""
+    return tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
+@functools.lru_cache(maxsize=2**18)
+def has_text(tokenizer, token, skip_special_tokens=False):
+    """Does a token add anything to the decoded text?
+
+    Not if the tokenizer does not know its id: a model's embeddings are often padded to a round
+    number.  skip_special_tokens=True: a special token does not count as text either.
+    """
+    # The token stands between others, because some decoders strip a space at the ends of a text.
+    around = tokens_of(tokenizer, "1")
+    try:
+        with_token = text_of(tokenizer, [*around, token, *around], skip_special_tokens)
+    except Exception:
+        # Most tokenizers skip an unknown id.  One that is written in Python may raise anything.
+        return False
+    return with_token != text_of(tokenizer, [*around, *around], skip_special_tokens)
+
+
+def mark(token):
+    """What stands in a completion's text for a token without text."""
+    return f"<token {token}>"
+
+
+def text_after(tokenizer, before, ids):
+    """The text that the tokens `ids` add to that of the tokens `before`."""
+    before = list(before)
+    while True:
+        text_before = text_of(tokenizer, before)
+        text = text_of(tokenizer, before + ids)
+        if text.startswith(text_before):
+            return text[len(text_before) :]
+        # A byte can change the character in front of it: decoders with byte fallback (Llama)
+        # replace a whole run of bytes by U+FFFD if it is not UTF-8.  Then the last token before is
+        # left out, until the text before stays as it was.  At worst `ids` are decoded alone.
+        before.pop()
+
+
+@dataclass(frozen=True)
+class TextEnd:
+    """The end of a completion's text, as far as the text of the next token depends on it."""
+
+    before: list  # the last tokens whose text is settled
+    open: list  # tokens after them: they end in a part of a character
+    text: str  # the end of the settled text
+
+
+class StopTexts:
+    """For Options.stop: a completion ends with the token that completes one of some texts.
+
+    tokenizer: of transformers.  texts: such as ("</answer>",); without any, nothing is decoded.
+    prompts: the token ids of each problem, as the Expander has them.
+
+    The text must lie in what the model writes; what the prompt ends with does not count.  It may be
+    spread over any tokens, and the last of them may go on after it.
+    """
+
+    def __init__(self, tokenizer, texts, prompts):
+        self.tokenizer = tokenizer
+        self.texts = tuple(texts)
+        self.prompts = prompts
+        # Characters of earlier tokens that can belong to a stop text.
+        self.overlap = max((len(text) for text in self.texts), default=1) - 1
+
+    def __call__(self, node):
+        """Does the token of this node complete a stop text?  Keeps the end of its text in it."""
+        if not self.texts:
+            return False
+        end = node.parent.text_end
+        if end is None:  # the parent is the root
+            end = TextEnd(before=self.prompts[node.problem], open=[], text="")
+        before, ids = end.before, [*end.open, node.token]
+        if has_text(self.tokenizer, node.token):
+            text = end.text + text_after(self.tokenizer, before, ids)
+            before = ids
+        else:
+            text = end.text + mark(node.token)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            # A part of a character: the next token decides which character it is.
+            node.text_end = TextEnd(before=end.before, open=ids, text=end.text)
+        else:
+            start = max(0, len(text) - self.overlap)
+            node.text_end = TextEnd(before=before, open=[], text=text[start:])
+        return any(stop in text for stop in self.texts)
 
 
 # -------------------------------------------------------------------- Can the search serve a model?

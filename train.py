@@ -87,6 +87,9 @@ class Config:
     cover: float = flag(1.0, "stop when the leaves hold this much of pi; 1: never", above=0, high=1)
     leaf_weights: str = flag("on", "weigh leaves by pi/q in all losses", choices=("on", "off"))
     max_new_tokens: int = flag(48, "longest completion in tokens", low=1)
+    stop: list = flag(
+        (), "a completion ends with this text too (\\n: new line); may be repeated; '' is none"
+    )
     max_nodes: int = flag(128, "most nodes that a search may expand for one problem", low=1)
     max_open: int = flag(65536, "longest queue of a search: the beam width", low=1)
     width: int = flag(2, "nodes of one problem that a round may evaluate at once", low=1)
@@ -145,6 +148,7 @@ class Config:
         for field in dataclasses.fields(self):
             check_flag(field, getattr(self, field.name))
         data.parse_digits(self.digits)
+        self.stop = evaluation.stop_texts(self.stop)
         if self.minibatches > self.problems_per_iteration:
             raise ValueError(
                 f"--minibatches {self.minibatches} is more than "
@@ -169,7 +173,7 @@ def check_flag(field, value):
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}")
-    if isinstance(value, str):
+    if isinstance(value, (str, list, tuple)):
         return
     low, above, high = (field.metadata[name] for name in ("low", "above", "high"))
     if low <= value <= high and above < value < math.inf:  # a NaN fails each of these
@@ -217,6 +221,7 @@ PRESETS = {
     | {
         "model": "Qwen/Qwen2.5-3B",
         "prompt": "tinyzero",
+        "stop": data.STOP_TEXTS["tinyzero"],
         "digits": "2-3",
         "output_dir": "runs/training",
         "max_new_tokens": 1024,
@@ -236,6 +241,7 @@ PRESETS = {
 # Flags that bring others along, unless the preset or the user sets those.  64 leaves of plain A*
 # and a stop at the first right one, the defaults, suit em alone.
 COMPANIONS = {
+    ("prompt", "tinyzero"): {"stop": data.STOP_TEXTS["tinyzero"]},
     ("rollout", "sample"): {"rollouts_per_problem": 4},
     ("loss", "ppo"): GUMBEL_LEAVES,
     ("loss", "grpo"): GUMBEL_LEAVES,
@@ -304,7 +310,7 @@ def main(argv=None):
             # --------------------------------------------------------------------------- 2. Rewards
             # B rollouts: the leaves of all problems, one after the other.
             texts, verdicts = evaluation.judge_rollouts(
-                rollouts, run.tokenizer, problems, reward, config.max_new_tokens
+                rollouts, run.tokenizer, problems, reward, config.max_new_tokens, config.stop
             )
             rewards = torch.tensor([verdict["reward"] for verdict in verdicts])  # (B,)
             correct = torch.tensor([verdict["correct"] for verdict in verdicts], dtype=torch.bool)
@@ -520,10 +526,11 @@ def generate_rollouts(
         until = None
         if config.until_right == "on":
             until = evaluation.right_leaf_test(
-                tokenizer, problems[chunk], prompts, reward, config.max_new_tokens
+                tokenizer, problems[chunk], prompts, reward, config.max_new_tokens, config.stop
             )
         options = astar_search.Options(
             eos=policy.stop_tokens(model, tokenizer),
+            stop=astar_search.StopTexts(tokenizer, config.stop, prompts),
             K=K,
             tau=config.tau,
             width=config.width,
@@ -604,7 +611,7 @@ def add_apo_columns(run, rollouts, problems, indices, iteration):
             run.reference, rollouts, indices, config, iteration, run.ranks.device
         )
     _, verdicts = evaluation.judge_rollouts(
-        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
+        samples, run.tokenizer, problems, run.reward, config.max_new_tokens, config.stop
     )
     rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
     rewards = rewards.repeat_interleave(samples.count).view(len(problems), config.apo_samples)
@@ -833,6 +840,7 @@ def evaluate(run):
             decode=config.eval_decode,
             n=config.eval_completions,
             max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
             value_function=run.value_function,
             width=config.width,
             max_nodes=config.max_nodes,
@@ -867,7 +875,7 @@ def fresh_explained_variance(run, iteration, most=128):
             stream=FRESH_STREAM,
         )
     _, verdicts = evaluation.judge_rollouts(
-        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
+        samples, run.tokenizer, problems, run.reward, config.max_new_tokens, config.stop
     )
     rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
     returns = value_module.monte_carlo_returns(rewards, samples.mask)
@@ -981,8 +989,8 @@ def print_start(run, companions):
         f"of {torch.get_num_threads()} threads"
     )
     if companions:
-        flags = " ".join(f"{flag_name(name)} {value}" for name, value in companions.items())
-        run.say(f"with --rollout {config.rollout} --loss {config.loss} come {flags}")
+        flags = " ".join(f"{flag_name(name)} {shown(value)}" for name, value in companions.items())
+        run.say(f"your flags bring along {flags}")
     if config.resume:
         source = run.source or "the beginning: there is no checkpoint yet"
         run.say(f"resumed from {source}, after iteration {run.iteration}")
@@ -1592,13 +1600,17 @@ def check_same_run(config, state, source):
                 f"{name}: the file or function is not the one that {source} was trained with; "
                 "go on with the old one, or start a new run"
             )
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, given in dataclasses.asdict(config).items():
         free = name in FREE_ON_RESUME
         if name in INPUTS:
             free = by_content
         if name == "model" and config.loss == "apo":  # the base is the reference policy
             free = by_content and flag_name(name) in inputs
-        before = state["config"].get(name)
+        # A flag that is younger than the checkpoint had its default.
+        before = state["config"].get(name, defaults[name])
+        if name == "stop":
+            before = list(before)
         if not free and given != before:
             raise ValueError(
                 f"{flag_name(name)} {given} differs from the {before} "
@@ -1670,18 +1682,25 @@ GROUPS = {  # the first field of each group of flags -> its title in --help
 OF_ONE_PROCESS = ("distributed", "cpu_offload", "wandb", "tensorboard", "resume", "overwrite")
 
 
+def shown(value):
+    """The value of a flag as a user would write it; of one that is given several times all."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(value)
+    return value
+
+
 def help_text(field):
     """The help of a flag, with its default and the presets that change it."""
-    shown = []
-    if field.default not in ("", False):
+    values = []
+    if field.default not in ("", False, ()):
         default = "tiny_base" if field.default == TINY_BASE else field.default
-        shown.append(f"default {default}")
+        values.append(f"default {default}")
     for name, preset in PRESETS.items():
         if field.name in preset:
-            shown.append(f"{name}: {preset[field.name]}")
-    if not shown:
+            values.append(f"{name}: {shown(preset[field.name])}")
+    if not values:
         return field.metadata["help"]
-    return f"{field.metadata['help']} ({'; '.join(shown)})"
+    return f"{field.metadata['help']} ({'; '.join(values)})"
 
 
 def make_parser():
@@ -1707,6 +1726,8 @@ def make_parser():
         options = {"help": help_text(field), "default": argparse.SUPPRESS}
         if field.type is bool:
             group.add_argument(name, action="store_true", **options)
+        elif field.type is list:
+            group.add_argument(name, action="append", metavar="TEXT", **options)
         elif field.metadata["choices"]:
             group.add_argument(name, choices=field.metadata["choices"], **options)
         else:

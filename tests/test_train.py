@@ -392,13 +392,13 @@ def test_the_start_says_what_was_brought_along(tmp_path, capsys):
         --max-new-tokens 8 --device cpu
     """.split()
     train.main([*flags, "--output-dir", str(tmp_path)])
-    line = "with --rollout sample --loss em come --rollouts-per-problem 4\n"
+    line = "your flags bring along --rollouts-per-problem 4\n"
     assert line in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["rollouts_per_problem"] == 4
     train.main(
         [*flags, "--output-dir", str(tmp_path), "--overwrite", "--rollouts-per-problem", "2"]
     )
-    assert " come " not in capsys.readouterr().out
+    assert "bring along" not in capsys.readouterr().out
 
 
 def test_help(capsys, monkeypatch):
