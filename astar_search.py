@@ -791,6 +791,8 @@ class Rollouts:
     count: torch.Tensor  # (B,) draws that ended here; 1 for a search
     f: torch.Tensor  # (B,) search key
     truncated: torch.Tensor  # (B,) bool
+    prefix: torch.Tensor  # (B, T-1) row of `hidden` that belongs to the prefix before each token
+    hidden: torch.Tensor  # (M, D) last hidden states of the M distinct prefixes; row 0 is padding
     extra: dict = field(default_factory=dict)  # columns (B,) or (B, T-1) that training adds
     stats: dict = field(default_factory=dict)
 
@@ -805,7 +807,7 @@ class Rollouts:
 
     def columns(self):
         """{name: tensor} of the fields that have a row a rollout, without `extra`."""
-        names = [f.name for f in fields(self) if f.name not in ("extra", "stats")]
+        names = [f.name for f in fields(self) if f.name not in ("hidden", "extra", "stats")]
         return {name: getattr(self, name) for name in names}
 
     def select(self, rows, device="cpu"):
@@ -814,7 +816,11 @@ class Rollouts:
         columns = {}
         for name, column in self.columns().items():
             width = T if name == "tokens" else T - 1
-            columns[name] = select_rows(column, rows, width).to(device)
+            columns[name] = select_rows(column, rows, width)
+        # Of `hidden` only the rows that these rollouts refer to.
+        kept, columns["prefix"] = columns["prefix"].unique(return_inverse=True)
+        columns["hidden"] = self.hidden[kept]
+        columns = {name: column.to(device) for name, column in columns.items()}
         extra = {}
         for name, column in self.extra.items():
             extra[name] = select_rows(column, rows, T - 1).to(device)
@@ -855,6 +861,8 @@ def collect(trees, expander, pad=0):
         lengths.append(len(prompt) + leaf.depth)
     T = max(lengths, default=expander.span)
     slots = pad_rows(slots, T - 1)
+    # Leaves share prefixes, so each distinct one is kept once; slot 0 is padding.
+    kept = torch.cat([torch.zeros(1, dtype=torch.int64), slots.flatten()]).unique()
     return Rollouts(
         tokens=pad_rows(tokens, T, pad=0 if pad is None else pad),
         prompt_length=torch.tensor(prompt_lengths, dtype=torch.int64),
@@ -867,6 +875,8 @@ def collect(trees, expander, pad=0):
         count=torch.tensor([leaf.count for leaf in leaves], dtype=torch.int64),
         f=torch.tensor([leaf.f for leaf in leaves], dtype=torch.float32),
         truncated=torch.tensor([leaf.truncated for leaf in leaves], dtype=torch.bool),
+        prefix=torch.searchsorted(kept, slots),
+        hidden=expander.hidden[kept.to(expander.device)].cpu(),
         stats={
             "model_tokens": sum(expander.spent),
             "forwards": expander.forwards,
@@ -891,6 +901,16 @@ def concatenate(parts):
                 column = F.pad(column, (0, width - column.shape[1]))
             rows.append(column)
         columns[name] = torch.cat(rows)
+    # The rows of `hidden` follow each other; all parts share the first, which is padding.
+    prefixes = []
+    tables = [parts[0].hidden[:1]]
+    for part in parts:
+        before = sum(len(table) for table in tables) - 1
+        prefix = torch.where(part.prefix > 0, part.prefix + before, 0)
+        prefixes.append(F.pad(prefix, (0, T - 1 - prefix.shape[1])))
+        tables.append(part.hidden[1:])
+    columns["prefix"] = torch.cat(prefixes)
+    columns["hidden"] = torch.cat(tables)
     stats = dict(parts[0].stats)
     for part in parts[1:]:
         for name, number in part.stats.items():

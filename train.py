@@ -339,6 +339,7 @@ def main(argv=None):
                 "soft_targets": soft_targets,
                 "leaf_weight": leaf_weight,
                 "advantages": advantages,
+                "teaches": which_teach(leaf_weight, advantages, config),
             }
             summary = summarise(rollouts, texts, verdicts, problems, config, ranks)
             if summary["leaves"] == 0:
@@ -367,18 +368,19 @@ def main(argv=None):
             run.model.train(config.gradient_checkpointing == "on")
             steps = []  # metrics of each optimiser step
             for epoch in range(config.epochs):
-                for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch):
+                for rows in deal_minibatches(rollouts, indices, config, iteration, epoch):
                     # What the losses are divided by is counted before the first backward, over
                     # all ranks.  So the parts below are terms of one sum.
-                    totals = minibatch_totals(rollouts, minibatch, ranks)
+                    totals = minibatch_totals(rollouts, rows, ranks)
                     if totals["tokens"] == 0:
                         continue  # no search of this minibatch found a leaf, on any rank
                     sums = {}
-                    for part in parts_of(minibatch, rollouts, ranks):
-                        log_prob, entropy, hidden = run.score(part.tokens, part.mask)
+                    # The policy runs only the completions that have a gradient.
+                    teaching = rows[rollouts.extra["teaches"][rows]]
+                    for part in parts_of(rollouts, teaching, config, ranks):
+                        log_prob, entropy, _ = run.score(part.tokens, part.mask)
                         # A leaf counts by its weight and by its tokens: (B, T-1).
-                        token_weights = part.extra["leaf_weight"][:, None] * part.mask
-                        token_weights = token_weights / totals["tokens"]
+                        weight = part.extra["leaf_weight"][:, None] * part.mask
                         if config.loss == "apo":
                             # sum_i w_i ( beta2 log(pi_theta/pi_ref)(y_i) + V*(x) - r_i )^2
                             policy_loss, metrics = policy.apo_loss(
@@ -397,34 +399,39 @@ def main(argv=None):
                                 old_log_prob=part.log_probs,
                                 advantages=part.extra["advantages"],
                                 entropy=entropy,
-                                token_weights=token_weights,
+                                token_weights=weight / totals["tokens"],
                                 clip=config.clip,
                                 entropy_coef=config.entropy_coef,
                             )
-                        # sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 ); it moves the head alone
-                        V, u_logit = run.head(hidden)
-                        head_loss, head_metrics = value_module.value_loss(
-                            values=V,
-                            u_logit=u_logit,
+                        # FSDP averages gradients over the ranks; these losses are to be added up.
+                        (policy_loss * ranks.world_size).backward()
+                        metrics |= policy.ratio_metrics(
+                            log_prob=log_prob,
+                            old_log_prob=part.log_probs,
+                            entropy=entropy,
+                            token_weights=weight / totals["teaching_tokens"],
+                            clip=config.clip,
+                        )
+                        add_up(sums, metrics)
+                    # The head learns from all of them, by the hidden states that the search kept:
+                    # it costs no forward of the model.
+                    for part in parts_of(rollouts, rows, config, ranks):
+                        V, u_logit = run.head(part.hidden)  # (M,) each
+                        weight = part.extra["leaf_weight"][:, None] * part.mask
+                        # sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 )
+                        head_loss, metrics = value_module.value_loss(
+                            values=V[part.prefix],  # (M,) -> (B, T-1)
+                            u_logit=u_logit[part.prefix],
                             returns=value_module.monte_carlo_returns(
                                 part.extra["rewards"], part.mask
                             ),
                             targets=value_module.monte_carlo_returns(
                                 part.extra["soft_targets"], part.mask
                             ),
-                            token_weights=token_weights,
+                            token_weights=weight / totals["tokens"],
                         )
-                        # FSDP averages gradients over the ranks; these losses are to be added up.
-                        ((policy_loss + head_loss) * ranks.world_size).backward()
-                        ratio_metrics = policy.ratio_metrics(
-                            log_prob=log_prob,
-                            old_log_prob=part.log_probs,
-                            entropy=entropy,
-                            token_weights=token_weights,
-                            clip=config.clip,
-                        )
-                        for name, number in {**metrics, **ratio_metrics, **head_metrics}.items():
-                            sums[name] = sums.get(name, 0.0) + number
+                        (head_loss * ranks.world_size).backward()
+                        add_up(sums, metrics)
                     # One optimiser step a minibatch, by the gradients of all its parts and ranks.
                     measured = reduce_metrics(sums, ranks)
                     # Each group is clipped by its own norm: neither shrinks the other's step.
@@ -432,11 +439,8 @@ def main(argv=None):
                     clip_grad_norm_(head_parameters, config.grad_clip)
                     measured["grad_norm"] = fsdp.full_tensor(policy_norm).item()
                     check_finite(measured, iteration)
-                    if not teaches_policy(totals, config):
-                        # Adam would move the policy by its moments though the gradient is zero.
-                        # It leaves a parameter without a gradient as it is.
-                        for parameter in policy_parameters:
-                            parameter.grad = None
+                    # Without a completion that teaches, the policy's parameters have no gradient.
+                    # Then AdamW leaves them as they are, and its moments too.
                     run.optimizer.step()
                     run.optimizer.zero_grad(set_to_none=True)
                     steps.append(measured)
@@ -564,16 +568,30 @@ def leaf_weights(rollouts, config):
     return policy.normalise_weights(weight, rollouts.problem)
 
 
+def which_teach(leaf_weight, advantages, config):
+    """(B,) True for each completion that the policy loss has a gradient of.
+
+    leaf_weight (B,), advantages (B, T-1).  Without a weight or an advantage there is none: under em
+    for a wrong leaf, under grpo if the leaves of the problem have earned the same.  Under ppo the
+    critic is hardly ever right to the last digit, so wrong leaves teach too: one that earned more
+    than V predicted is reinforced.  apo and the entropy bonus do not depend on the advantages.
+    """
+    if config.loss == "apo" or config.entropy_coef > 0:
+        return torch.ones(len(leaf_weight), dtype=torch.bool)
+    return (leaf_weight[:, None] * advantages != 0).any(dim=1)
+
+
 @torch.no_grad()
 def score_rollouts(model, rollouts, indices, config, iteration, device):
-    """log pi (B, T-1) of rollouts under a model, by the forward that the update uses.
+    """log pi (B, T-1) of the rollouts that teach, by the forward that the update uses; 0 elsewhere.
 
     It runs the micro-batches of the first epoch, so that the update's first forward computes the
     same numbers again.
     """
     log_probs = torch.zeros_like(rollouts.log_probs)
     for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch=0):
-        for rows in minibatch:
+        teaching = minibatch[rollouts.extra["teaches"][minibatch]]
+        for rows in split_by_length(teaching, rollouts.length, config.micro_batch):
             part = rollouts.select(rows, device)
             log_prob, _, _ = policy.score(model, part.tokens, part.mask)
             log_probs[rows, : log_prob.shape[1]] = log_prob.cpu()
@@ -637,7 +655,7 @@ def learning_rate_scale(config, iteration):
 
 
 def deal_minibatches(rollouts, indices, config, iteration, epoch):
-    """This rank's part of each minibatch, as micro-batches of rows: [[rows, ...], ...].
+    """This rank's part of each minibatch, as rows: [(b,), ...].
 
     Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration,
     epoch).  So a minibatch is the same on any number of ranks, and a rank's part may be empty.  The
@@ -651,11 +669,7 @@ def deal_minibatches(rollouts, indices, config, iteration, epoch):
         minibatch_of[index] = place * config.minibatches // N
     numbers = [minibatch_of[indices[p]] for p in rollouts.problem.tolist()]
     numbers = torch.tensor(numbers, dtype=torch.int64)
-    minibatches = []
-    for number in range(config.minibatches):
-        rows = torch.nonzero(numbers == number).squeeze(1)
-        minibatches.append(split_by_length(rows, rollouts.length, config.micro_batch))
-    return minibatches
+    return [torch.nonzero(numbers == n).squeeze(1) for n in range(config.minibatches)]
 
 
 def split_by_length(rows, length, most):
@@ -677,41 +691,31 @@ def split_by_length(rows, length, most):
     return [torch.tensor(micro_batch) for micro_batch in micro_batches]
 
 
-def minibatch_totals(rollouts, minibatch, ranks):
-    """Sums over a minibatch and all ranks: {"tokens", "leaves", "signal"}.
+def minibatch_totals(rollouts, rows, ranks):
+    """Sums over a minibatch and all ranks, weighted by leaf.
 
-    tokens and leaves are weighted by leaf; signal is the sum of |weight * advantage| over tokens.
+    tokens, leaves; and teaching_tokens, those of the completions that teach the policy.
     """
-    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *minibatch])
     weight = rollouts.extra["leaf_weight"][rows]
-    tokens = weight[:, None] * rollouts.mask[rows]
+    tokens = (weight[:, None] * rollouts.mask[rows]).sum(dim=1)  # (b,)
     sums = {
         "tokens": tokens.sum().item(),
         "leaves": weight.sum().item(),
-        "signal": (tokens * rollouts.extra["advantages"][rows]).abs().sum().item(),
+        "teaching_tokens": (tokens * rollouts.extra["teaches"][rows]).sum().item(),
     }
     return fsdp.all_reduce_sum(sums, ranks)
 
 
-def teaches_policy(totals, config):
-    """Has the policy loss of this minibatch a gradient?
-
-    Not if all advantages are zero: under em, if no leaf is right; under grpo, if the leaves of each
-    problem have earned the same.  Under ppo the critic is hardly ever right to the last digit, so
-    that wrong leaves teach too: one that earned more than V predicted is reinforced.
-    """
-    return totals["signal"] > 0 or config.loss == "apo" or config.entropy_coef > 0
-
-
-def parts_of(minibatch, rollouts, ranks):
-    """Yield the micro-batches of a minibatch as Rollouts on the device, as many on every rank.
+def parts_of(rollouts, rows, config, ranks):
+    """Yield these rows in micro-batches, as Rollouts on the device, as many on every rank.
 
     Each backward pass gathers weights from all ranks and adds up their gradients.  So a rank that
     has fewer micro-batches than another goes on with idle ones: one token, whose weight is 0.
     """
-    for turn in range(max(fsdp.all_gather(len(minibatch), ranks))):
-        if turn < len(minibatch):
-            yield rollouts.select(minibatch[turn], ranks.device)
+    micro_batches = split_by_length(rows, rollouts.length, config.micro_batch)
+    for turn in range(max(fsdp.all_gather(len(micro_batches), ranks))):
+        if turn < len(micro_batches):
+            yield rollouts.select(micro_batches[turn], ranks.device)
         else:
             yield idle_part(rollouts).select(torch.tensor([0]), ranks.device)
 
@@ -727,7 +731,13 @@ def idle_part(rollouts):
     extra = {}
     for name, column in rollouts.extra.items():
         extra[name] = column.new_zeros((1,) * column.ndim)
-    return astar_search.Rollouts(**columns, extra=extra)
+    return astar_search.Rollouts(**columns, hidden=rollouts.hidden[:1], extra=extra)
+
+
+def add_up(sums, metrics):
+    """Add metrics, by name, to sums; in place."""
+    for name, number in metrics.items():
+        sums[name] = sums.get(name, 0.0) + number
 
 
 def reduce_metrics(sums, ranks):
@@ -743,10 +753,21 @@ def check_finite(metrics, iteration):
             raise FloatingPointError(f"iteration {iteration}: {name} is {number}")
 
 
+POLICY_METRICS = ("policy_loss", "approx_kl", "clip_fraction", "entropy")
+
+
 def mean_metrics(steps):
-    """Metrics of an iteration: means over its optimiser steps, and the KL before the first."""
-    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    means["first_kl"] = steps[0]["approx_kl"]  # no step was made: pi_theta is still pi_old
+    """Metrics of an iteration: means over its optimiser steps, and the KL before the first.
+
+    Those of the policy are means over the steps that taught it, and None if none did.
+    """
+    means = dict.fromkeys(POLICY_METRICS)
+    for name in dict.fromkeys(name for step in steps for name in step):
+        numbers = [step[name] for step in steps if name in step]
+        means[name] = sum(numbers) / len(numbers)
+    # Before the first step that teaches, pi_theta is still pi_old.
+    kl = [step["approx_kl"] for step in steps if "approx_kl" in step]
+    means["first_kl"] = kl[0] if kl else None
     return means
 
 
@@ -999,12 +1020,18 @@ def print_start(run, companions):
 def print_iteration(run, row):
     """One line for the terminal."""
     n = row["iteration"]
+    if row["approx_kl"] is None:
+        step = "no step of the policy"
+    else:
+        step = (
+            f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
+            f"entropy {row['entropy']:.2f}"
+        )
     evaluated = f"  | eval {run.evaluated[n]:.3f}" if n in run.evaluated else ""
     run.say(
         f"{n:4d}/{run.config.iterations}  accuracy {row['rollout_accuracy']:.3f}  "
         f"reward {row['reward_mean']:+.2f}  length {row['completion_length']:5.1f}  "
-        f"leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
-        f"entropy {row['entropy']:.2f}  tokens {run.model_tokens:,d}  "
+        f"leaves {row['leaves']:.1f}  {step}  tokens {run.model_tokens:,d}  "
         f"seconds {row['seconds']:.0f}{evaluated}"
     )
 
@@ -1600,7 +1627,7 @@ def check_same_run(config, state, source):
                 f"{name}: the file or function is not the one that {source} was trained with; "
                 "go on with the old one, or start a new run"
             )
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    defaults = dataclasses.asdict(Config())
     for name, given in dataclasses.asdict(config).items():
         free = name in FREE_ON_RESUME
         if name in INPUTS:
@@ -1609,8 +1636,6 @@ def check_same_run(config, state, source):
             free = by_content and flag_name(name) in inputs
         # A flag that is younger than the checkpoint had its default.
         before = state["config"].get(name, defaults[name])
-        if name == "stop":
-            before = list(before)
         if not free and given != before:
             raise ValueError(
                 f"{flag_name(name)} {given} differs from the {before} "
