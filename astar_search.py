@@ -876,7 +876,7 @@ def collect(trees, expander, pad=0):
         f=torch.tensor([leaf.f for leaf in leaves], dtype=torch.float32),
         truncated=torch.tensor([leaf.truncated for leaf in leaves], dtype=torch.bool),
         prefix=torch.searchsorted(kept, slots),
-        hidden=expander.hidden[kept.to(expander.device)].cpu(),
+        hidden=expander.hidden[kept.to(expander.hidden.device)].cpu(),
         stats={
             "model_tokens": sum(expander.spent),
             "forwards": expander.forwards,
