@@ -452,7 +452,7 @@ def gradient(model, head, rollouts, config, device):
     model = copy.deepcopy(model).to(device)
     head = copy.deepcopy(head).to(device)
     rows = torch.arange(len(rollouts))
-    totals = train.minibatch_totals(rollouts, [rows], fsdp.Ranks(0, 1, device))
+    totals = train.minibatch_totals(rollouts, rows, fsdp.Ranks(0, 1, device))
     part = rollouts.select(rows, device)
     if config.loss == "apo":
         log_prob, _, _ = policy.score(model, part.tokens, part.mask)
@@ -466,7 +466,9 @@ def gradient(model, head, rollouts, config, device):
             leaf_weights=part.extra["leaf_weight"] / totals["leaves"],
         )
     else:
-        loss, _ = step.loss_of(model, head, part, config, totals)
+        policy_loss, _ = step.policy_loss_of(model, part, config, totals)
+        head_loss, _ = step.head_loss_of(head, part, totals)
+        loss = policy_loss + head_loss
     loss.backward()
     parts = []
     for parameter in [*model.parameters(), *head.parameters()]:
@@ -787,7 +789,7 @@ def update(report):
     for turn in range(3):  # Adam's moments are there from the second on
         report.clear_memory()
         start = now(report.device)
-        loss = loss_of_micro_batch(score, head, tokens, mask)
+        loss = loss_of_micro_batch(score, tokens, mask)
         loss.backward()
         seconds = now(report.device) - start
         peak_gib = report.peak_gib()
@@ -811,9 +813,9 @@ def update(report):
         report.say(**report.prediction("peak_gib", report.peak_gib(), "<=", bound))
 
 
-def loss_of_micro_batch(score, head, tokens, mask):
-    """The loss of ppo with advantages of 1, and the value head's."""
-    log_prob, entropy, hidden = score(tokens, mask)
+def loss_of_micro_batch(score, tokens, mask):
+    """The loss of ppo with advantages of 1."""
+    log_prob, entropy, _ = score(tokens, mask)
     ones = mask.float()
     token_weights = ones / ones.sum()
     policy_loss, _ = policy.ppo_loss(
@@ -823,11 +825,7 @@ def loss_of_micro_batch(score, head, tokens, mask):
         entropy=entropy,
         token_weights=token_weights,
     )
-    V, u_logit = head(hidden)
-    head_loss, _ = value_module.value_loss(
-        values=V, u_logit=u_logit, returns=ones, targets=ones, token_weights=token_weights
-    )
-    return policy_loss + head_loss
+    return policy_loss
 
 
 # ------------------------------------------------------------------------------------- A real model
