@@ -226,7 +226,7 @@ PRESETS = {
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-4,
         "warmup": 10,
-        "micro_batch": 4,
+        "micro_batch": 16,
         "gradient_checkpointing": "on",
         "mixed_precision": "bf16",
         "problems_per_iteration": 128,

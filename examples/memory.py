@@ -129,7 +129,7 @@ def memory(config, model, prompt, activations, world_size, offload):
     kept = need["weights"] + need["moments"]
     need["rollouts"] = whole + need["K/V"] + need["search"]
     need["update"] = gathered + need["activations"]
-    need["host"] = need["hidden"] + need["nodes"] + need["checkpoint"]
+    need["host"] = need["trees"] + need["checkpoint"]
     if offload:
         need["host"] += kept + need["gradients"]
     else:
@@ -139,10 +139,10 @@ def memory(config, model, prompt, activations, world_size, offload):
 
 
 def search_bytes(config, text, prompt, world_size, bytes_of_number, activations):
-    """What rollouts take, in bytes: {"K/V", "search"} on the GPU, {"hidden", "nodes"} on the host.
+    """What rollouts take, in bytes: {"K/V", "search"} on the GPU, {"trees"} on the host.
 
     K/V: the cache of the search's nodes.  search: what is kept beside it, and one forward.
-    hidden: the states of all prefixes, on which the value head is trained.  nodes: the trees.
+    trees: the nodes as Python has them, and the hidden states on which the value head is trained.
     """
     D = text.hidden_size
     V = text.vocab_size
@@ -168,11 +168,14 @@ def search_bytes(config, text, prompt, world_size, bytes_of_number, activations)
     nodes = problems * config.width
     copies = (2 + heads // kv_heads) * kv * span
     forward = max(nodes * copies, problems * prompt * activations)
+
+    # The trees are those of one batch; a node takes 1,050 to 1,100 bytes (measured).  The hidden
+    # states are those of all prefixes of an iteration, in the model's type.
+    hidden = share * (prompt + config.max_nodes) * D * bytes_of_number
     return {
         "K/V": capacity * kv * text.num_hidden_layers,
         "search": tables + nodes * 20 * V + forward,
-        "hidden": share * (prompt + config.max_nodes) * D * bytes_of_number,
-        "nodes": rows * 1100,  # measured: 1,050 to 1,100 bytes of Python a node
+        "trees": rows * 1100 + hidden,
     }
 
 
