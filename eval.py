@@ -758,7 +758,10 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
     def error(self, message):
-        """Print the sentence and exit.  Of the ranks that torchrun starts only one prints it."""
+        """Print the sentence and exit.  Of the ranks of a node only the first one prints it.
+
+        Each node has a terminal of its own, so each prints.
+        """
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)

@@ -130,6 +130,7 @@ class Config:
     seed: int = flag(0, "of problems, noise and order: same seed, same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
+    replicas: int = flag(1, "groups of ranks that hold a whole model each, such as nodes", low=1)
     cpu_offload: bool = flag(False, "keep weights, gradients and moments in the host's memory")
     output_dir: str = flag("runs/local", "where everything is written")
     eval_every: int = flag(20, "iterations between evaluations; also before the first", low=1)
@@ -230,7 +231,7 @@ PRESETS = {
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-4,
         "warmup": 10,
-        "micro_batch": 4,
+        "micro_batch": 16,
         "gradient_checkpointing": "on",
         "mixed_precision": "bf16",
         "problems_per_iteration": 128,
@@ -1039,7 +1040,7 @@ def print_iteration(run, row):
 def print_end(run):
     """Accuracies, cost, and where the files are."""
     if run.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated(run.ranks.device) / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     accuracies = ", ".join(f"{x:.3f} after {i}" for i, x in run.evaluated.items())
@@ -1276,16 +1277,15 @@ def set_up(config, arguments):
     All that can be wrong is found here, before anything is written; the output folder comes last.
     Raises ValueError or OSError with one sentence.
     """
-    # Everything cheap comes first: a mistake in a flag is told before a model is loaded.
-    reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
     # FSDP does the mixed precision and the offload, so they need it in a single process too.
-    bf16 = config.mixed_precision == "bf16"
-    ranks = fsdp.init_ranks(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
+    sharded = config.mixed_precision == "bf16" or config.cpu_offload
+    ranks = fsdp.init_ranks(config.distributed, config.device, sharded, config.replicas)
     # On a CPU offload would mean nothing, and FSDP would fail later with a traceback.
     if config.cpu_offload and ranks.device.type == "cpu":
         raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
-
-    inputs = input_files(config)
+    # Everything cheap comes first: a mistake in a flag is told before a model is loaded.
+    reward, inputs = fsdp.raise_everywhere(functools.partial(read_own_files, config), ranks)
+    check_same_start(config, inputs, ranks)
 
     def find_source():
         if arguments.eval_only:
@@ -1301,27 +1301,11 @@ def set_up(config, arguments):
             f"that {source} was trained with"
         )
 
-    def load():
-        try:
-            return load_everything(config, source, reward, ranks)
-        except ValueError:
-            if source and not os.path.isdir(source):  # it was whole when it was found
-                raise ValueError(
-                    f"{source} was removed while it was read: is a run going on there?"
-                ) from None
-            raise
-
-    # If it fails on one rank it fails on all: no rank waits for one that has given up.
-    loaded = fsdp.raise_everywhere(load, ranks)
+    load = functools.partial(load_and_shard, config, source, reward, ranks)
+    # One by one, because a rank has the whole model until it is split.  If it fails on one rank it
+    # fails on all: no rank waits for one that has given up.
+    loaded = fsdp.in_turn(load, ranks)
     model, tokenizer, head, reference, file_problems, eval_problems = loaded
-    shard_model = functools.partial(
-        fsdp.shard, ranks=ranks, mixed_precision=bf16, offload=config.cpu_offload
-    )
-    # Parallelism is applied to finished models; from here on the code is that of one process.
-    model = shard_model(model, blocks=policy.transformer_blocks(model))
-    head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
-    if reference is not None:
-        reference = shard_model(reference, blocks=policy.transformer_blocks(reference))
     run = Run(
         config=config,
         ranks=ranks,
@@ -1344,6 +1328,57 @@ def set_up(config, arguments):
     if not arguments.eval_only:
         open_run(run, state)
     return run
+
+
+def read_own_files(config):
+    """The reward, and the checksums of the user's files.  Raises ValueError or OSError."""
+    reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
+    return reward, input_files(config)
+
+
+def check_same_start(config, inputs, ranks):
+    """Raise ValueError unless all ranks have the main rank's flags and files.
+
+    Each node has a command line and a disk of its own.  inputs: the checksums of its files, which
+    count instead of their paths.
+    """
+    own = {flag_name(name): value for name, value in dataclasses.asdict(config).items()} | inputs
+    of_main = fsdp.all_gather(own, ranks)[0]
+    differing = [name for name in own if own[name] != of_main[name]]
+
+    def refuse():
+        if differing:
+            raise ValueError(f"{differing[0]} is not that of rank 0: start all nodes alike")
+
+    fsdp.raise_everywhere(refuse, ranks)
+
+
+def load_and_shard(config, source, reward, ranks):
+    """What load_everything returns, with the models and the head split over the ranks.
+
+    Parallelism is applied to finished models; from here on the code is that of one process.
+    """
+    try:
+        loaded = load_everything(config, source, reward, ranks)
+    except ValueError:
+        if source and not os.path.isdir(source):  # it was whole when it was found
+            raise ValueError(
+                f"{source} was removed while it was read (is a run going on there?), "
+                "or this node does not see it"
+            ) from None
+        raise
+    model, tokenizer, head, reference, file_problems, eval_problems = loaded
+    shard_model = functools.partial(
+        fsdp.shard,
+        ranks=ranks,
+        mixed_precision=config.mixed_precision == "bf16",
+        offload=config.cpu_offload,
+    )
+    model = shard_model(model, blocks=policy.transformer_blocks(model))
+    head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
+    if reference is not None:
+        reference = shard_model(reference, blocks=policy.transformer_blocks(reference))
+    return model, tokenizer, head, reference, file_problems, eval_problems
 
 
 def open_run(run, state):
@@ -1444,7 +1479,8 @@ def load_everything(config, source, reward, ranks):
         print(f"train.py: {warning}", file=sys.stderr)
     longest = max(len(prompt) for prompt in prompts)
     policy.check_context(model, longest, config.max_new_tokens)
-    check_log_probs(model, longest + config.max_new_tokens, config, ranks)
+    if ranks.is_main:  # the others have the same model, and learn of a failure
+        check_log_probs(model, longest + config.max_new_tokens, config, ranks)
     check_search_size(config, vocabulary=model.get_output_embeddings().weight.shape[0])
     head = load_head(config, source, model)
     reference = None
@@ -1530,7 +1566,10 @@ def make_optimizer(model, head, config):
             groups.append(
                 {"params": parameters, "betas": betas, "weight_decay": decay, "peak": peak}
             )
-    return torch.optim.AdamW(groups)
+    # A fused step is one kernel for all parameters, and it makes no temporary copies of them.  On a
+    # CPU it rounds otherwise than the plain step, by which the published runs were made.
+    on_gpu = next(model.parameters()).is_cuda or config.cpu_offload
+    return torch.optim.AdamW(groups, fused=on_gpu)
 
 
 # ----------------------------------------------------------------------------------- A run's folder
@@ -1540,7 +1579,7 @@ RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
 # run with any other flag changed would be a mixture of two, and no seed could give it again.  More
 # iterations stretch the cosine of the learning rate.
 FREE_ON_RESUME = """
-    iterations device distributed cpu_offload output_dir eval_every eval_completions
+    iterations device distributed replicas cpu_offload output_dir eval_every eval_completions
     checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
     wandb tensorboard
 """.split()
@@ -1704,7 +1743,9 @@ GROUPS = {  # the first field of each group of flags -> its title in --help
     "seed": "the run",
 }
 # What --eval-only does not take from the checkpoint's configuration: how that process was run.
-OF_ONE_PROCESS = ("distributed", "cpu_offload", "wandb", "tensorboard", "resume", "overwrite")
+OF_ONE_PROCESS = """
+    distributed replicas cpu_offload wandb tensorboard resume overwrite
+""".split()
 
 
 def shown(value):
