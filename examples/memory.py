@@ -150,11 +150,11 @@ def search_bytes(config, text, prompt, world_size, bytes_of_number):
     while capacity < rows:
         capacity *= 2
 
-    # With each row come its ancestors' numbers, 8 bytes each, and its last hidden state.  In a
+    # With each row come its ancestors' numbers, 4 bytes each, and its last hidden state.  In a
     # round each node has the scores of all its children, and its ancestors' K/V of a layer, copied.
     span = prompt + config.max_new_tokens
     nodes = problems * config.width
-    tables = capacity * (1.5 * 8 * span + bytes_of_number * D)
+    tables = capacity * (1.5 * 4 * span + bytes_of_number * D)
     return {
         "K/V": capacity * kv * text.num_hidden_layers,
         "search": tables + nodes * (20 * V + 3 * kv * span),
