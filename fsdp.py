@@ -101,6 +101,9 @@ def init_ranks(distributed=False, device="auto", sharded=False):
         lines = str(error).splitlines()
         reason = lines[0] if lines else "no message"
         raise ValueError(f"--device {name}: not usable here ({reason})") from None
+    if device.type == "cuda":
+        # cuDNN's attention plans anew for every length, and a search meets one every round.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     if not (launched or sharded):
         return Ranks(rank=0, world_size=1, device=device)
