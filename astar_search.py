@@ -382,8 +382,8 @@ def score_children(log_probs, h, tokens, parents, tau, count):
         f"expand must return h (n, V) or (n, 1), not {tuple(h.shape)}"
     )
     g_parent, G_parent, key_parent = zip(*parents)
-    g_parent = torch.tensor(g_parent, dtype=torch.float64, device=log_probs.device)
-    G_parent = torch.tensor(G_parent, dtype=torch.float64, device=log_probs.device)
+    both = torch.tensor([g_parent, G_parent], dtype=torch.float64, device=log_probs.device)
+    g_parent, G_parent = both  # by one copy from the host
     key_parent = torch.tensor(key_parent, dtype=torch.int64, device=log_probs.device)
 
     log_prob = log_probs.gather(1, tokens).double()  # (n, M)
@@ -611,8 +611,8 @@ class NodeCache(Cache):
         super().__init__(layers=[])
         self.tables = {}  # (layer, "K" or "V") -> (rows, H * D)
         self.rows = 1
-        self.write = None  # (n, T) rows of the new tokens
-        self.read = None  # (n, L) rows that each sequence attends to
+        self.write = None  # (n * T,) rows of the new tokens
+        self.read = None  # (n * L,) rows that each sequence attends to
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Called by each layer's attention: store new K and V (n, H, T, D), return (n, H, L, D)."""
@@ -629,8 +629,8 @@ class NodeCache(Cache):
         table = grow_table(table, self.rows)
         self.tables[name] = table
         by_token = new.transpose(1, 2).reshape(n * T, H * D)
-        table.index_copy_(0, self.write.reshape(-1), by_token)
-        gathered = table.index_select(0, self.read.reshape(-1))  # (n * L, H * D)
+        table.index_copy_(0, self.write, by_token)
+        gathered = table.index_select(0, self.read)  # (n * L, H * D)
         return gathered.view(n, -1, H, D).transpose(1, 2)
 
     def get_seq_length(self, layer_idx=0):
@@ -680,7 +680,7 @@ class Expander:
         # What is kept of each row of the cache: the rows of the path that ends here, by position (0
         # beyond its end), the last hidden state, and V.
         D = self.lm_head.weight.shape[1]
-        self.ancestors = torch.zeros(1, self.span, dtype=torch.int64, device=self.device)
+        self.ancestors = torch.zeros(1, self.span, dtype=torch.int32, device=self.device)
         self.hidden = torch.zeros(1, D, dtype=self.dtype, device=self.device)
         self.values = torch.zeros(1, device=self.device)
         self.forwards = 0
@@ -711,7 +711,7 @@ class Expander:
 
         All nodes are roots, or none is.  A root adds its prompt, any other node its one token.
         """
-        new_tokens, new_rows, parent_slots, starts = [], [], [], []
+        new_tokens, new_rows, starts, parents, lasts, slots = [], [], [], [], [], []
         for node in nodes:
             prompt = self.prompts[node.problem]
             if node.parent is None:
@@ -721,26 +721,30 @@ class Expander:
                 start = len(prompt) + node.depth - 1
             first_row = self.cache.rows
             self.cache.rows += len(added)
+            node.slot = self.cache.rows - 1
             new_tokens.append(added)
             new_rows.append(range(first_row, self.cache.rows))
-            parent_slots.append(parent_slot)
             starts.append(start)
-            node.slot = self.cache.rows - 1
+            parents.append(parent_slot)
+            lasts.append(len(added) - 1)
+            slots.append(node.slot)
             self.spent[node.problem] += len(added)
         self.ancestors = grow_table(self.ancestors, self.cache.rows)
         self.hidden = grow_table(self.hidden, self.cache.rows)
         self.values = grow_table(self.values, self.cache.rows)
 
-        T = max(len(added) for added in new_tokens)
-        tokens = pad_rows(new_tokens, T, device=self.device)  # (n, T)
-        write = pad_rows(new_rows, T, device=self.device)  # (n, T)
-        start = torch.tensor(starts, device=self.device)
+        # A copy from the host waits until a GPU has done all that it was given.  So there are only
+        # two, and they come before the forward.
+        n, T = len(nodes), max(lasts) + 1
+        tokens, write = pad_rows(new_tokens + new_rows, T, device=self.device).view(2, n, T)
+        numbers = torch.tensor([starts, parents, lasts, slots], device=self.device)
+        start, parent, last, slot = numbers  # each (n,)
         positions = start[:, None] + torch.arange(T, device=self.device)  # (n, T)
-        path = self.ancestors[torch.tensor(parent_slots, device=self.device)]
-        path.scatter_(1, positions, write)  # (n, span): the parent's path, then the new rows
+        path = self.ancestors[parent]
+        path.scatter_(1, positions, write.int())  # (n, span): the parent's path, then the new rows
         L = max(starts) + T
-        self.cache.write = write
-        self.cache.read = path[:, :L]
+        self.cache.write = write.reshape(-1)
+        self.cache.read = path[:, :L].reshape(-1)
 
         out = self.backbone(
             input_ids=tokens,
@@ -751,10 +755,8 @@ class Expander:
         ).last_hidden_state  # (n, T, D)
         self.forwards += 1
 
-        last = torch.tensor([len(added) - 1 for added in new_tokens], device=self.device)
-        slots = torch.tensor([node.slot for node in nodes], device=self.device)
-        self.ancestors[slots] = path
-        self.hidden[slots] = out[torch.arange(len(nodes), device=self.device), last]
+        self.ancestors[slot] = path
+        self.hidden[slot] = out[torch.arange(n, device=self.device), last]
 
     def causal_mask(self, positions, L):
         """(n, 1, T, L): 0 where a token at `positions` (n, T) may look, very negative elsewhere.

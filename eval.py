@@ -821,7 +821,10 @@ def make_parser():
     add("--width", "astar: nodes of a problem run at once", type=int, default=2)
     add("--max-nodes", "astar: most nodes a problem", type=int, default=1024)
     add("--seed", "seed of the draws", type=int, default=0)
+    add("--batch", "problems decoded in lock-step: a GPU's memory bounds it", type=int, default=512)
     add("--device", "cpu, cuda, ...; auto is a GPU if there is one", default="auto")
+    types = ("auto", "float32", "bfloat16")
+    add("--dtype", "auto: bfloat16 on a GPU, float32 on a CPU", choices=types, default="auto")
     add("--show", "worst completions to print, of each kind", type=int, default=2)
     parser.add_argument(
         "--json",
@@ -863,7 +866,7 @@ def check_arguments(arguments):
     """
     if arguments.compare and arguments.json:
         raise ValueError("--compare only prints: leave --json out")
-    for name in ("n", "completions", "max_new_tokens", "width", "max_nodes"):
+    for name in ("n", "completions", "max_new_tokens", "width", "max_nodes", "batch"):
         number = getattr(arguments, name)
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {number}")
@@ -905,6 +908,12 @@ def load_model(arguments, problems, ranks):
     longest_prompt = max(len(ids) for ids in prompts)
     policy.check_context(model, longest_prompt, arguments.max_new_tokens)
     astar_search.check_model(model, longest=longest_prompt + arguments.max_new_tokens)
+    on_gpu = ranks.device.type == "cuda"
+    if arguments.dtype == "bfloat16" or (arguments.dtype == "auto" and on_gpu):
+        # After the check, which rounding would blunt.  Buffers, such as the frequencies of rotary
+        # positions, stay in float32, as they do in training.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     guide = load_value_function(arguments.model, model)
     if arguments.decode == "astar" and guide is None:
         warning = "no value head beside this model, so the search is guided by log pi alone"
@@ -965,6 +974,7 @@ def run(argv):
         tau=arguments.tau,
         width=arguments.width,
         max_nodes=arguments.max_nodes,
+        batch=arguments.batch,
         seed=arguments.seed,
     )
     status = 0

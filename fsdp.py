@@ -155,6 +155,9 @@ def usable_device(name):
         lines = str(error).splitlines()
         reason = lines[0] if lines else "no message"
         raise ValueError(f"--device {name}: not usable here ({reason})") from None
+    if device.type == "cuda":
+        # cuDNN's attention plans anew for every length, and a search meets one every round.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

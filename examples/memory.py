@@ -159,9 +159,9 @@ def search_bytes(config, text, prompt, world_size, bytes_of_number, activations)
     while capacity < rows:
         capacity *= 2
 
-    # With each row come its ancestors' numbers, 8 bytes each, and its last hidden state.
+    # With each row come its ancestors' numbers, 4 bytes each, and its last hidden state.
     span = prompt + config.max_new_tokens
-    tables = capacity * (1.5 * 8 * span + bytes_of_number * D)
+    tables = capacity * (1.5 * 4 * span + bytes_of_number * D)
     # In a round each node has the scores of all its children, and its ancestors' K/V of a layer,
     # gathered and then copied once a query head.  The first round runs the prompts; it takes less
     # than what autograd would keep of a block.
