@@ -108,6 +108,24 @@ class Node:
             node = node.parent
         return nodes[::-1]
 
+    def successors(self):
+        """What is queued when the node is popped: its best child, and its next sibling.
+
+        A list of (parent, rank): child number `rank` by f of that parent, which may not exist.
+        """
+        successors = []
+        if not self.is_leaf:
+            successors.append((self, 0))
+        if self.parent is not None:
+            successors.append((self.parent, self.rank + 1))
+        return successors
+
+    def knows_child(self, rank):
+        """Is it known which child is number `rank` by f, or else that there is none?"""
+        if self.children is None:
+            return False
+        return rank < len(self.children) or self.has_all_children
+
     def tokens(self):
         """Tokens of the completion up to here, as a list."""
         return [node.token for node in self.path_nodes()]
@@ -129,7 +147,10 @@ class Node:
 
 
 class Tree:
-    """The search of one problem: a priority queue of prefixes, and the leaves accepted in order."""
+    """The search of one problem: a priority queue of prefixes, and the leaves accepted in order.
+
+    A second search runs ahead of it, to say early what the model should be run on (look_ahead).
+    """
 
     def __init__(self, problem, key, options):
         G = gumbel(torch.tensor(key)).item()  # G(root) ~ Gumbel(0)
@@ -143,6 +164,15 @@ class Tree:
         self.until_met = False  # options.until was true for the last leaf
         self.covering = None  # how many leaves it took until they held options.cover of pi
         self.stopped = None  # why the search ended; None while it goes on
+        self.nodes = {}  # (parent, rank) -> Node, for all that were queued by either search
+        self.start_ahead()
+
+    def start_ahead(self):
+        """Start the search that runs ahead: from here on, with what was found so far."""
+        self.ahead = list(self.queue)  # its own queue; a copy of a heap is a heap
+        self.ahead_leaves = len(self.leaves)
+        self.ahead_mass = self.mass
+        self.unknown = []  # (parent, rank) of children that it queues once they are known
 
     def stop_reason(self):
         """Why the search ends now, as a word for the log; None while it goes on."""
@@ -176,33 +206,56 @@ class Tree:
 
         The node itself, if its children are unknown.  Its parent, if the next sibling is unknown.
         """
-        needed = []
-        if not node.is_leaf and node.children is None:
-            needed.append(node)
-        parent = node.parent
-        if parent is None or parent.has_all_children:
-            return needed
-        if node.rank + 1 == len(parent.children):
-            needed.append(parent)
-        return needed
+        return [parent for parent, rank in node.successors() if not parent.knows_child(rank)]
 
     def next_to_evaluate(self):
-        """Nodes for the next round: what the best `width` entries of the queue lack, as a list.
+        """Nodes for the next round: what the head of the queue lacks, then speculation, as a list.
 
-        Only the head of the queue must be evaluated.  The other entries are speculation.  It
-        changes what is known early, and never what is popped.
+        Speculation changes what is known early, and never what is popped.
         """
-        # No more nodes than leaves are wanted: the search may end before it needs the others.
-        wanted_leaves = max(1, self.options.K - len(self.leaves))
-        width = min(self.options.width, wanted_leaves, len(self.queue))
-        best = [heapq.heappop(self.queue) for _ in range(width)]
-        for entry in best:
-            heapq.heappush(self.queue, entry)
-        nodes = {}  # a dict is a set with a fixed order
-        for _, entry in best:
-            for node in self.unevaluated(entry):
-                nodes[node] = True
+        nodes = dict.fromkeys(self.unevaluated(self.queue[0][1]))  # a set with a fixed order
+        self.look_ahead(nodes)
         return list(nodes)
+
+    def look_ahead(self, nodes):
+        """Add to `nodes`, up to `width`, others that the search will probably need.
+
+        The search needs next what lies below the head of its queue, a token deeper each round.  The
+        other entries of the queue are soon evaluated, and then they offer nothing.  So a second
+        search runs ahead.  It obeys the same rules but one: it does not wait for the model.  It
+        pops a node at once, and queues the children a round later, when they are known.  So it
+        goes down many paths at a time.  Each node is popped once, so a round costs little.
+        """
+        options = self.options
+        if self.pruned:  # a beam dropped entries: what lies below them is not needed any more
+            self.start_ahead()
+        successors = self.unknown  # the last round made them known
+        self.unknown = []
+        self.queue_ahead(successors, nodes)
+        # f is in nats.  An entry that is `width` times less probable than the head is not worth one
+        # of `width` places.
+        lowest_f = self.queue[0][1].f - math.log(options.width)
+        while self.ahead and self.ahead[0][1].f >= lowest_f:
+            # Each node may hold one of the leaves that are still wanted, and takes a pop at least.
+            most = min(options.width, options.K - self.ahead_leaves, options.max_nodes - self.pops)
+            if len(nodes) >= most or self.ahead_mass >= options.cover:
+                return
+            _, node = heapq.heappop(self.ahead)
+            if node.is_leaf:
+                self.ahead_leaves += 1
+                self.ahead_mass += math.exp(node.g)
+            self.queue_ahead(node.successors(), nodes)
+
+    def queue_ahead(self, successors, nodes):
+        """Queue children for the search that runs ahead; ask for the parents of unknown ones."""
+        for parent, rank in successors:
+            if not parent.knows_child(rank):
+                nodes[parent] = None
+                self.unknown.append((parent, rank))
+                continue
+            child = self.child(parent, rank)
+            if child is not None:
+                heapq.heappush(self.ahead, (-child.f, child))
 
     def pop_evaluated_nodes(self):
         """Continue the search of width 1 as far as it is evaluated.  Sets `stopped` at its end.
@@ -219,9 +272,8 @@ class Tree:
                 self.accept_leaf(node)
             else:
                 self.pops += 1
-                self.push_child(node, 0)
-            if node.parent is not None:
-                self.push_child(node.parent, node.rank + 1)
+            for parent, rank in node.successors():
+                self.push_child(parent, rank)
             if len(self.queue) > self.options.max_open:  # a beam keeps only the best
                 self.queue = heapq.nsmallest(self.options.max_open, self.queue)
                 self.pruned = True
@@ -241,15 +293,27 @@ class Tree:
         A node queues its best child when it is popped, and its next sibling.  So the queue stays
         short, and every child can still be reached.
         """
+        node = self.child(parent, rank)
+        if node is not None:
+            heapq.heappush(self.queue, (-node.f, node))
+        return node
+
+    def child(self, parent, rank):
+        """The child of an evaluated node that is number `rank` by f; None if there is none.
+
+        It is the same Node for both searches, because the model's results are kept on it.
+        """
         if rank >= len(parent.children):
             return None
-        # The record as Python numbers, in the order of the columns of score_children.
-        f, h, g, G, log_prob, token, key = parent.children[rank].item()[:7]
-        node = Node(
-            parent.problem, parent, token, parent.depth + 1, f, h, g, G, log_prob, key, rank
-        )
-        node.mark_leaf(self.options)
-        heapq.heappush(self.queue, (-node.f, node))
+        node = self.nodes.get((parent, rank))
+        if node is None:
+            # The record as Python numbers, in the order of the columns of score_children.
+            f, h, g, G, log_prob, token, key = parent.children[rank].item()[:7]
+            node = Node(
+                parent.problem, parent, token, parent.depth + 1, f, h, g, G, log_prob, key, rank
+            )
+            node.mark_leaf(self.options)
+            self.nodes[parent, rank] = node
         return node
 
     def weigh_leaves(self):
