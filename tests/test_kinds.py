@@ -571,6 +571,7 @@ def test_every_number_of_an_evaluation_arrives(monkeypatch):
     flags = """
         --decode astar --n 3 --completions 5 --max-new-tokens 9 --tau .4 --width 6 --max-nodes 70
         --seed 8 --device cpu --digits 1 --prompt terse --prefill x --stop 7 --stop 8
+        --batch 33
     """.split()
     with pytest.raises(Stop) as stopped:
         evaluation.main(flags)
@@ -585,6 +586,7 @@ def test_every_number_of_an_evaluation_arrives(monkeypatch):
         "tau": 0.4,
         "width": 6,
         "max_nodes": 70,
+        "batch": 33,
         "seed": 8,
     }
 
@@ -673,7 +675,7 @@ def test_the_last_iteration_is_kept_whatever_the_interval(tmp_path):
 
 
 FREE = """
-    iterations device distributed cpu_offload output_dir eval_every eval_completions
+    iterations device distributed replicas cpu_offload output_dir eval_every eval_completions
     checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
     wandb tensorboard train_file eval_file reward
 """.split()
