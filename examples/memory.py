@@ -163,10 +163,10 @@ def search_bytes(config, text, prompt, world_size, bytes_of_number, activations)
     span = prompt + config.max_new_tokens
     tables = capacity * (1.5 * 4 * span + bytes_of_number * D)
     # In a round each node has the scores of all its children, and its ancestors' K/V of a layer,
-    # gathered and then copied once a query head.  The first round runs the prompts; it takes less
-    # than what autograd would keep of a block.
+    # gathered, and at most copied twice.  (Query heads that share K/V do not copy it.)  The first
+    # round runs the prompts; it takes less than what autograd would keep of a block.
     nodes = problems * config.width
-    copies = (2 + heads // kv_heads) * kv * span
+    copies = 3 * kv * span
     forward = max(nodes * copies, problems * prompt * activations)
 
     # The trees are those of one batch; a node takes 1,050 to 1,100 bytes (measured).  The hidden
