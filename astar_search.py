@@ -35,14 +35,15 @@ Departures from the literature:
   rank that runs it; and no random state has to be saved.
 
 In this file, in reading order: node, tree, search, children, noise, leaf weights, sampling, the
-KV-cached language model, Rollouts, a demonstration.  The last two sections may be skipped: the
-check of a model, and an optimisation for large vocabularies.
+KV-cached language model, Rollouts, a demonstration.  The last three sections may be skipped: texts
+that end a completion, the check of a model, and an optimisation for large vocabularies.
 
     python astar_search.py     # searches that are small enough to be checked by hand
 """
 
 import bisect
 import contextlib
+import functools
 import heapq
 import math
 from collections import Counter
@@ -61,6 +62,8 @@ class Options:
     """Bounds and temperature of a search."""
 
     eos: tuple  # token ids that end a completion
+    # node -> bool: does its token end the completion too?  For example StopTexts.
+    stop: Callable | None = None
     K: int = 8  # leaves wanted
     tau: float = 1.0  # 0: plain A*; 1: Gumbel search
     width: int = 1  # nodes of one problem that a round may evaluate at once
@@ -89,12 +92,13 @@ class Node:
     key: int = 0  # hash of the path
     rank: int = 0  # place among its siblings by f
     is_leaf: bool = False
-    truncated: bool = False  # a leaf because max_new_tokens cut it, not by EOS
+    truncated: bool = False  # a leaf because max_new_tokens cut it, not by EOS or options.stop
     children: object = None  # records of top_children, best first; None until it was evaluated
     has_all_children: bool = False  # `children` lists every child
     slot: int | None = None  # where its K/V lies in the cache
     count: int = 1  # draws that ended here (sampling)
     weight: float = 1.0  # pi/q of an accepted leaf
+    text_end: object = None  # what options.stop keeps of the text up to here
 
     def path_nodes(self):
         """The nodes from the first token of the completion to this one, as a list."""
@@ -130,6 +134,8 @@ class Node:
     def mark_leaf(self, options):
         """Make the node a leaf if its token ends the completion, or if the limit cuts it there."""
         ended = self.token in options.eos
+        if not ended and options.stop is not None:
+            ended = options.stop(self)
         self.truncated = not ended and self.depth >= options.max_new_tokens
         self.is_leaf = ended or self.truncated
 
@@ -444,8 +450,8 @@ def score_children(log_probs, h, tokens, parents, tau, count):
         f"expand must return h (n, V) or (n, 1), not {tuple(h.shape)}"
     )
     g_parent, G_parent, key_parent = zip(*parents)
-    g_parent = torch.tensor(g_parent, dtype=torch.float64, device=log_probs.device)
-    G_parent = torch.tensor(G_parent, dtype=torch.float64, device=log_probs.device)
+    both = torch.tensor([g_parent, G_parent], dtype=torch.float64, device=log_probs.device)
+    g_parent, G_parent = both  # by one copy from the host
     key_parent = torch.tensor(key_parent, dtype=torch.int64, device=log_probs.device)
 
     log_prob = log_probs.gather(1, tokens).double()  # (n, M)
@@ -673,8 +679,8 @@ class NodeCache(Cache):
         super().__init__(layers=[])
         self.tables = {}  # (layer, "K" or "V") -> (rows, H * D)
         self.rows = 1
-        self.write = None  # (n, T) rows of the new tokens
-        self.read = None  # (n, L) rows that each sequence attends to
+        self.write = None  # (n * T,) rows of the new tokens
+        self.read = None  # (n * L,) rows that each sequence attends to
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Called by each layer's attention: store new K and V (n, H, T, D), return (n, H, L, D)."""
@@ -691,8 +697,8 @@ class NodeCache(Cache):
         table = grow_table(table, self.rows)
         self.tables[name] = table
         by_token = new.transpose(1, 2).reshape(n * T, H * D)
-        table.index_copy_(0, self.write.reshape(-1), by_token)
-        gathered = table.index_select(0, self.read.reshape(-1))  # (n * L, H * D)
+        table.index_copy_(0, self.write, by_token)
+        gathered = table.index_select(0, self.read)  # (n * L, H * D)
         return gathered.view(n, -1, H, D).transpose(1, 2)
 
     def get_seq_length(self, layer_idx=0):
@@ -742,7 +748,7 @@ class Expander:
         # What is kept of each row of the cache: the rows of the path that ends here, by position (0
         # beyond its end), the last hidden state, and V.
         D = self.lm_head.weight.shape[1]
-        self.ancestors = torch.zeros(1, self.span, dtype=torch.int64, device=self.device)
+        self.ancestors = torch.zeros(1, self.span, dtype=torch.int32, device=self.device)
         self.hidden = torch.zeros(1, D, dtype=self.dtype, device=self.device)
         self.values = torch.zeros(1, device=self.device)
         self.forwards = 0
@@ -773,7 +779,7 @@ class Expander:
 
         All nodes are roots, or none is.  A root adds its prompt, any other node its one token.
         """
-        new_tokens, new_rows, parent_slots, starts = [], [], [], []
+        new_tokens, new_rows, starts, parents, lasts, slots = [], [], [], [], [], []
         for node in nodes:
             prompt = self.prompts[node.problem]
             if node.parent is None:
@@ -783,26 +789,30 @@ class Expander:
                 start = len(prompt) + node.depth - 1
             first_row = self.cache.rows
             self.cache.rows += len(added)
+            node.slot = self.cache.rows - 1
             new_tokens.append(added)
             new_rows.append(range(first_row, self.cache.rows))
-            parent_slots.append(parent_slot)
             starts.append(start)
-            node.slot = self.cache.rows - 1
+            parents.append(parent_slot)
+            lasts.append(len(added) - 1)
+            slots.append(node.slot)
             self.spent[node.problem] += len(added)
         self.ancestors = grow_table(self.ancestors, self.cache.rows)
         self.hidden = grow_table(self.hidden, self.cache.rows)
         self.values = grow_table(self.values, self.cache.rows)
 
-        T = max(len(added) for added in new_tokens)
-        tokens = pad_rows(new_tokens, T, device=self.device)  # (n, T)
-        write = pad_rows(new_rows, T, device=self.device)  # (n, T)
-        start = torch.tensor(starts, device=self.device)
+        # A copy from the host waits until a GPU has done all that it was given.  So there are only
+        # two, and they come before the forward.
+        n, T = len(nodes), max(lasts) + 1
+        tokens, write = pad_rows(new_tokens + new_rows, T, device=self.device).view(2, n, T)
+        numbers = torch.tensor([starts, parents, lasts, slots], device=self.device)
+        start, parent, last, slot = numbers  # each (n,)
         positions = start[:, None] + torch.arange(T, device=self.device)  # (n, T)
-        path = self.ancestors[torch.tensor(parent_slots, device=self.device)]
-        path.scatter_(1, positions, write)  # (n, span): the parent's path, then the new rows
+        path = self.ancestors[parent]
+        path.scatter_(1, positions, write.int())  # (n, span): the parent's path, then the new rows
         L = max(starts) + T
-        self.cache.write = write
-        self.cache.read = path[:, :L]
+        self.cache.write = write.reshape(-1)
+        self.cache.read = path[:, :L].reshape(-1)
 
         out = self.backbone(
             input_ids=tokens,
@@ -813,10 +823,8 @@ class Expander:
         ).last_hidden_state  # (n, T, D)
         self.forwards += 1
 
-        last = torch.tensor([len(added) - 1 for added in new_tokens], device=self.device)
-        slots = torch.tensor([node.slot for node in nodes], device=self.device)
-        self.ancestors[slots] = path
-        self.hidden[slots] = out[torch.arange(len(nodes), device=self.device), last]
+        self.ancestors[slot] = path
+        self.hidden[slot] = out[torch.arange(n, device=self.device), last]
 
     def causal_mask(self, positions, L):
         """(n, 1, T, L): 0 where a token at `positions` (n, T) may look, very negative elsewhere.
@@ -853,6 +861,8 @@ class Rollouts:
     count: torch.Tensor  # (B,) draws that ended here; 1 for a search
     f: torch.Tensor  # (B,) search key
     truncated: torch.Tensor  # (B,) bool
+    prefix: torch.Tensor  # (B, T-1) row of `hidden` that belongs to the prefix before each token
+    hidden: torch.Tensor  # (M, D) last hidden states of the M distinct prefixes; row 0 is padding
     extra: dict = field(default_factory=dict)  # columns (B,) or (B, T-1) that training adds
     stats: dict = field(default_factory=dict)
 
@@ -867,7 +877,7 @@ class Rollouts:
 
     def columns(self):
         """{name: tensor} of the fields that have a row a rollout, without `extra`."""
-        names = [f.name for f in fields(self) if f.name not in ("extra", "stats")]
+        names = [f.name for f in fields(self) if f.name not in ("hidden", "extra", "stats")]
         return {name: getattr(self, name) for name in names}
 
     def select(self, rows, device="cpu"):
@@ -876,7 +886,11 @@ class Rollouts:
         columns = {}
         for name, column in self.columns().items():
             width = T if name == "tokens" else T - 1
-            columns[name] = select_rows(column, rows, width).to(device)
+            columns[name] = select_rows(column, rows, width)
+        # Of `hidden` only the rows that these rollouts refer to.
+        kept, columns["prefix"] = columns["prefix"].unique(return_inverse=True)
+        columns["hidden"] = self.hidden[kept]
+        columns = {name: column.to(device) for name, column in columns.items()}
         extra = {}
         for name, column in self.extra.items():
             extra[name] = select_rows(column, rows, T - 1).to(device)
@@ -917,6 +931,8 @@ def collect(trees, expander, pad=0):
         lengths.append(len(prompt) + leaf.depth)
     T = max(lengths, default=expander.span)
     slots = pad_rows(slots, T - 1)
+    # Leaves share prefixes, so each distinct one is kept once; slot 0 is padding.
+    kept = torch.cat([torch.zeros(1, dtype=torch.int64), slots.flatten()]).unique()
     return Rollouts(
         tokens=pad_rows(tokens, T, pad=0 if pad is None else pad),
         prompt_length=torch.tensor(prompt_lengths, dtype=torch.int64),
@@ -929,6 +945,8 @@ def collect(trees, expander, pad=0):
         count=torch.tensor([leaf.count for leaf in leaves], dtype=torch.int64),
         f=torch.tensor([leaf.f for leaf in leaves], dtype=torch.float32),
         truncated=torch.tensor([leaf.truncated for leaf in leaves], dtype=torch.bool),
+        prefix=torch.searchsorted(kept, slots),
+        hidden=expander.hidden[kept.to(expander.hidden.device)].cpu(),
         stats={
             "model_tokens": sum(expander.spent),
             "forwards": expander.forwards,
@@ -953,6 +971,16 @@ def concatenate(parts):
                 column = F.pad(column, (0, width - column.shape[1]))
             rows.append(column)
         columns[name] = torch.cat(rows)
+    # The rows of `hidden` follow each other; all parts share the first, which is padding.
+    prefixes = []
+    tables = [parts[0].hidden[:1]]
+    for part in parts:
+        before = sum(len(table) for table in tables) - 1
+        prefix = torch.where(part.prefix > 0, part.prefix + before, 0)
+        prefixes.append(F.pad(prefix, (0, T - 1 - prefix.shape[1])))
+        tables.append(part.hidden[1:])
+    columns["prefix"] = torch.cat(prefixes)
+    columns["hidden"] = torch.cat(tables)
     stats = dict(parts[0].stats)
     for part in parts[1:]:
         for name, number in part.stats.items():
@@ -1050,6 +1078,111 @@ def main():
     best = next(iter(leaves.values()))
     root = best.path_nodes()[0].parent
     assert abs(best.G - root.G) < 1e-12
+
+
+# ------------------------------------------------------------------------------------- Stop texts
+#
+# A base model seldom writes EOS after its answer.  So a completion may end with a text as well.
+
+
+def tokens_of(tokenizer, text):
+    """The token ids of a text, without what the tokenizer adds; [] if it cannot encode the text."""
+    try:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception:
+        # A tokenizer without an unknown token may leave out what it does not know, or raise.
+        return []
+
+
+def text_of(tokenizer, ids, skip_special_tokens=False):
+    """The text of token ids with its spaces as they are, and by default with special tokens."""
+    return tokenizer.decode(
+        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+    )
+
+
+@functools.lru_cache(maxsize=2**18)
+def has_text(tokenizer, token, skip_special_tokens=False):
+    """Does a token add anything to the decoded text?
+
+    Not if the tokenizer does not know its id: a model's embeddings are often padded to a round
+    number.  skip_special_tokens=True: a special token does not count as text either.
+    """
+    # The token stands between others, because some decoders strip a space at the ends of a text.
+    around = tokens_of(tokenizer, "1")
+    try:
+        with_token = text_of(tokenizer, [*around, token, *around], skip_special_tokens)
+    except Exception:
+        # Most tokenizers skip an unknown id.  One that is written in Python may raise anything.
+        return False
+    return with_token != text_of(tokenizer, [*around, *around], skip_special_tokens)
+
+
+def mark(token):
+    """What stands in a completion's text for a token without text."""
+    return f"<token {token}>"
+
+
+def text_after(tokenizer, before, ids):
+    """The text that the tokens `ids` add to that of the tokens `before`."""
+    before = list(before)
+    while True:
+        text_before = text_of(tokenizer, before)
+        text = text_of(tokenizer, before + ids)
+        if text.startswith(text_before):
+            return text[len(text_before) :]
+        # A byte can change the character in front of it: decoders with byte fallback (Llama)
+        # replace a whole run of bytes by U+FFFD if it is not UTF-8.  Then the last token before is
+        # left out, until the text before stays as it was.  At worst `ids` are decoded alone.
+        before.pop()
+
+
+@dataclass(frozen=True)
+class TextEnd:
+    """The end of a completion's text, as far as the text of the next token depends on it."""
+
+    before: list  # the last tokens whose text is settled
+    open: list  # tokens after them: they end in a part of a character
+    text: str  # the end of the settled text
+
+
+class StopTexts:
+    """For Options.stop: a completion ends with the token that completes one of some texts.
+
+    tokenizer: of transformers.  texts: such as ("</answer>",); without any, nothing is decoded.
+    prompts: the token ids of each problem, as the Expander has them.
+
+    The text must lie in what the model writes; what the prompt ends with does not count.  It may be
+    spread over any tokens, and the last of them may go on after it.
+    """
+
+    def __init__(self, tokenizer, texts, prompts):
+        self.tokenizer = tokenizer
+        self.texts = tuple(texts)
+        self.prompts = prompts
+        # Characters of earlier tokens that can belong to a stop text.
+        self.overlap = max((len(text) for text in self.texts), default=1) - 1
+
+    def __call__(self, node):
+        """Does the token of this node complete a stop text?  Keeps the end of its text in it."""
+        if not self.texts:
+            return False
+        end = node.parent.text_end
+        if end is None:  # the parent is the root
+            end = TextEnd(before=self.prompts[node.problem], open=[], text="")
+        before, ids = end.before, [*end.open, node.token]
+        if has_text(self.tokenizer, node.token):
+            text = end.text + text_after(self.tokenizer, before, ids)
+            before = ids
+        else:
+            text = end.text + mark(node.token)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            # A part of a character: the next token decides which character it is.
+            node.text_end = TextEnd(before=end.before, open=ids, text=end.text)
+        else:
+            start = max(0, len(text) - self.overlap)
+            node.text_end = TextEnd(before=before, open=[], text=text[start:])
+        return any(stop in text for stop in self.texts)
 
 
 # -------------------------------------------------------------------- Can the search serve a model?

@@ -43,6 +43,9 @@ TINYZERO = (
 # part of the template but a prefill, which the reward reads as part of the completion.  Otherwise
 # the reward would see a </think> that was never opened, and no completion would be well-formed.
 PROMPTS = {"tinyzero": (TINYZERO, "<think>"), "terse": ("{a}*{b}=", "")}
+# style -> texts that end a completion, besides the model's end tokens.  A base model goes on after
+# its answer, with the next question for example.
+STOP_TEXTS = {"tinyzero": ("</answer>",), "terse": ()}
 
 
 @dataclass(frozen=True)

@@ -321,39 +321,6 @@ def encode_prompt(tokenizer, text):
     return front + plain
 
 
-def tokens_of(tokenizer, text):
-    """The token ids of a text, without what the tokenizer adds; [] if it cannot encode the text."""
-    try:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    except Exception:
-        # A tokenizer without an unknown token may leave out what it does not know, or raise.
-        return []
-
-
-def text_of(tokenizer, ids, skip_special_tokens=False):
-    """The text of token ids with its spaces as they are, and by default with special tokens."""
-    return tokenizer.decode(
-        ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
-
-
-@functools.lru_cache(maxsize=2**18)
-def has_text(tokenizer, token, skip_special_tokens=False):
-    """Does a token add anything to the decoded text?
-
-    Not if the tokenizer does not know its id: a model's embeddings are often padded to a round
-    number.  skip_special_tokens=True: a special token does not count as text either.
-    """
-    # The token stands between others, because some decoders strip a space at the ends of a text.
-    around = tokens_of(tokenizer, "1")
-    try:
-        with_token = text_of(tokenizer, [*around, token, *around], skip_special_tokens)
-    except Exception:
-        # Most tokenizers skip an unknown id.  One that is written in Python may raise anything.
-        return False
-    return with_token != text_of(tokenizer, [*around, *around], skip_special_tokens)
-
-
 @functools.lru_cache(maxsize=1024)
 def is_control_token(tokenizer, token):
     """Is a token a sign for the machine, such as <eos> or <|im_end|>, and not text for the reward?
@@ -361,27 +328,13 @@ def is_control_token(tokenizer, token):
     It is if the tokenizer calls it special or gives it a role (eos, bos, pad, ...), or if it has no
     text.  The tags that the reward reads are never control tokens.
     """
-    if not has_text(tokenizer, token):
+    if not astar_search.has_text(tokenizer, token):
         return True
-    if text_of(tokenizer, [token]).strip() in TAGS:
+    if astar_search.text_of(tokenizer, [token]).strip() in TAGS:
         return False
     if token in tokenizer.all_special_ids:
         return True
-    return not has_text(tokenizer, token, skip_special_tokens=True)
-
-
-def text_after(tokenizer, before, ids):
-    """The text that the tokens `ids` add to that of the tokens `before`."""
-    before = list(before)
-    while True:
-        text_before = text_of(tokenizer, before)
-        text = text_of(tokenizer, before + ids)
-        if text.startswith(text_before):
-            return text[len(text_before) :]
-        # A byte can change the character in front of it: decoders with byte fallback (Llama)
-        # replace a whole run of bytes by U+FFFD if it is not UTF-8.  Then the last token before is
-        # left out, until the text before stays as it was.  At worst `ids` are decoded alone.
-        before.pop()
+    return not astar_search.has_text(tokenizer, token, skip_special_tokens=True)
 
 
 def completion_text(tokenizer, prompt_ids, ids):
@@ -395,13 +348,15 @@ def completion_text(tokenizer, prompt_ids, ids):
     """
     text = ""
     before = list(prompt_ids)
-    for known, group in itertools.groupby(ids, key=functools.partial(has_text, tokenizer)):
+    for known, group in itertools.groupby(
+        ids, key=functools.partial(astar_search.has_text, tokenizer)
+    ):
         group = list(group)
         if known:
-            text += text_after(tokenizer, before, group)
+            text += astar_search.text_after(tokenizer, before, group)
             before += group
         else:
-            text += "".join(f"<token {token}>" for token in group)
+            text += "".join(astar_search.mark(token) for token in group)
     return text
 
 
@@ -413,16 +368,16 @@ def unknown_prompts(tokenizer, problems):
     # Not every tokenizer names its token for the unknown.  So it is asked for a character that it
     # hardly knows.  There is no such token if it spells the character in bytes, or leaves it out.
     hieroglyph = "\U00013000"
-    ids = tokens_of(tokenizer, hieroglyph)
+    ids = astar_search.tokens_of(tokenizer, hieroglyph)
     unknown = None
-    if ids and hieroglyph not in text_of(tokenizer, ids):
+    if ids and hieroglyph not in astar_search.text_of(tokenizer, ids):
         unknown = ids[-1]
 
     texts = []
     lost = set()
     for problem in problems:
-        ids = tokens_of(tokenizer, problem.text)
-        known = text_of(tokenizer, [token for token in ids if token != unknown])
+        ids = astar_search.tokens_of(tokenizer, problem.text)
+        known = astar_search.text_of(tokenizer, [token for token in ids if token != unknown])
         text = "".join(problem.text.split())  # without white space, which some tokenizers drop
         known = "".join(known.split())
         if 2 * ids.count(unknown) > len(ids) or 2 * len(known) < len(text):
@@ -438,22 +393,32 @@ def unknown_prompts(tokenizer, problems):
     )
 
 
-def judge_completion(problem, prompt_ids, ids, truncated, tokenizer, reward, max_new_tokens):
+def cut_at_stop(text, stop):
+    """A text that holds a stop text, up to the end of the one that is complete first."""
+    ends = [text.index(one) + len(one) for one in stop if one in text]
+    return text[: min(ends)]
+
+
+def judge_completion(
+    problem, prompt_ids, ids, truncated, tokenizer, reward, max_new_tokens, stop=()
+):
     """(text, verdict) of one completion: what the reward reads, and the dict that it returns.
 
     prompt_ids: the tokens of the prompt with its prefill; ids: those of the completion.
+    stop: the texts that end a completion.  What its last token holds behind one is not read.
     The text begins with the prefill, which may have opened the <think> that the completion closes.
     """
-    written = ids
-    # The last token is the end token, unless the completion was truncated.  It is read only if it
-    # is text, such as </answer>.
-    if not truncated and is_control_token(tokenizer, ids[-1]):
-        written = ids[:-1]
-    text = problem.prefill + completion_text(tokenizer, prompt_ids, written)
+    text = completion_text(tokenizer, prompt_ids, ids)
+    if any(one in text for one in stop):
+        text = cut_at_stop(text, stop)
+    elif not truncated and is_control_token(tokenizer, ids[-1]):
+        # The last token is an end token.  It is read only if it is text, such as </answer>.
+        text = completion_text(tokenizer, prompt_ids, ids[:-1])
+    text = problem.prefill + text
     return text, reward.judge(problem, text, len(ids) / max_new_tokens, truncated)
 
 
-def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens):
+def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens, stop=()):
     """([text], [verdict]) of all B rollouts, each as in judge_completion.
 
     problems: the N problems that rollouts.problem counts through.
@@ -471,13 +436,14 @@ def judge_rollouts(rollouts, tokenizer, problems, reward, max_new_tokens):
             tokenizer=tokenizer,
             reward=reward,
             max_new_tokens=max_new_tokens,
+            stop=stop,
         )
         texts.append(text)
         verdicts.append(verdict)
     return texts, verdicts
 
 
-def right_leaf_test(tokenizer, problems, prompts, reward, max_new_tokens):
+def right_leaf_test(tokenizer, problems, prompts, reward, max_new_tokens, stop=()):
     """A function leaf -> is its completion right?  For Options.until of a search in training.
 
     prompts: the token ids of the problems, as the expander has them.  The function knows the
@@ -493,6 +459,7 @@ def right_leaf_test(tokenizer, problems, prompts, reward, max_new_tokens):
             tokenizer=tokenizer,
             reward=reward,
             max_new_tokens=max_new_tokens,
+            stop=stop,
         )
         return verdict["correct"]
 
@@ -505,7 +472,7 @@ def right_leaf_test(tokenizer, problems, prompts, reward, max_new_tokens):
 def problem_row(index, problem, prompt_ids, tree, model_tokens, judge):
     """What the jsonl file holds of one problem, all but its scores.
 
-    judge: judge_completion with its last three arguments filled in.
+    judge: judge_completion with its last four arguments filled in.
 
     Its completions come in the order in which they were found.  Of each: text; count, the draws
     that gave it; weight, count/n of a sample or pi/q of a search; f, the search key, or log pi of a
@@ -545,6 +512,7 @@ def evaluate(
     decode="greedy",
     n=8,
     max_new_tokens=48,
+    stop=(),
     value_function=None,
     tau=0.0,
     width=2,
@@ -556,6 +524,7 @@ def evaluate(
 
     model: in eval mode, its full weights gathered by the caller (fsdp.full_weights).
     n: completions a problem (sample) or leaves a problem (astar).
+    stop: texts that end a completion, besides the model's end tokens.
     batch: problems decoded in lock-step.
 
     rows: one a problem, see problem_row and problem_scores.
@@ -564,22 +533,27 @@ def evaluate(
     seconds_per_problem, cannot.
     """
     start = time.perf_counter()
-    options = astar_search.Options(
-        eos=policy.stop_tokens(model, tokenizer),
-        K=n,
-        tau=tau,
-        width=width,
-        max_new_tokens=max_new_tokens,
-        max_nodes=max_nodes,
-    )
     judge = functools.partial(
-        judge_completion, tokenizer=tokenizer, reward=reward, max_new_tokens=max_new_tokens
+        judge_completion,
+        tokenizer=tokenizer,
+        reward=reward,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
     )
     rows = []
     own = list(fsdp.rank_slice(len(problems), ranks))  # this rank's share, by number
     for first in range(0, len(own), batch):
         indices = own[first : first + batch]
         prompts = encode_prompts(tokenizer, [problems[index] for index in indices])
+        options = astar_search.Options(
+            eos=policy.stop_tokens(model, tokenizer),
+            stop=astar_search.StopTexts(tokenizer, stop, prompts),
+            K=n,
+            tau=tau,
+            width=width,
+            max_new_tokens=max_new_tokens,
+            max_nodes=max_nodes,
+        )
         expander = astar_search.Expander(model, prompts, max_new_tokens, value_function)
         # The noise depends on a problem's number, not on its chunk or rank.  No iteration of
         # training is -1.
@@ -605,8 +579,7 @@ def evaluate(
     rows.sort(key=operator.itemgetter("index"))
 
     # Greedy decoding and the first leaf of a search give one outcome a problem.
-    draws = n if decode == "sample" else 1
-    result = summarise_by_difficulty(rows, draws)
+    result = summarise_by_difficulty(rows, draws=n if decode == "sample" else 1)
     result["seconds_per_problem"] = (time.perf_counter() - start) / len(rows)
     return result, rows
 
@@ -785,7 +758,10 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
     def error(self, message):
-        """Print the sentence and exit.  Of the ranks that torchrun starts only one prints it."""
+        """Print the sentence and exit.  Of the ranks of a node only the first one prints it.
+
+        Each node has a terminal of its own, so each prints.
+        """
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
@@ -833,12 +809,22 @@ def make_parser():
         metavar="FILE.py:FUNCTION",
         help="a reward of your own (default: the built-in one)",
     )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="a completion ends with this text too (\\n: new line); may be repeated; '' is none "
+        "(default: the prompt style's own, </answer> for tinyzero)",
+    )
     add("--max-new-tokens", "most tokens of a completion", type=int, default=48)
     add("--tau", "astar: temperature of the search's noise", type=float, default=0.0)
     add("--width", "astar: nodes of a problem run at once", type=int, default=2)
     add("--max-nodes", "astar: most nodes a problem", type=int, default=1024)
     add("--seed", "seed of the draws", type=int, default=0)
+    add("--batch", "problems decoded in lock-step: a GPU's memory bounds it", type=int, default=512)
     add("--device", "cpu, cuda, ...; auto is a GPU if there is one", default="auto")
+    types = ("auto", "float32", "bfloat16")
+    add("--dtype", "auto: bfloat16 on a GPU, float32 on a CPU", choices=types, default="auto")
     add("--show", "worst completions to print, of each kind", type=int, default=2)
     parser.add_argument(
         "--json",
@@ -859,11 +845,28 @@ def make_parser():
     return parser
 
 
+def stop_texts(given):
+    """The texts of all --stop as a list without doubles; a single empty one stands for none.
+
+    A backslash and an n stand for a new line, which is hard to write in a shell.
+    Raises ValueError if an empty one is among others.
+    """
+    texts = list(dict.fromkeys(text.replace("\\n", "\n") for text in given))
+    if texts == [""]:
+        return []
+    if "" in texts:
+        raise ValueError("--stop: an empty text would end every completion at its first token")
+    return texts
+
+
 def check_arguments(arguments):
-    """Raise ValueError, one sentence, for a value that its flag cannot take."""
+    """Raise ValueError, one sentence, for a value that its flag cannot take.
+
+    Fills in the stop texts of the prompt style, unless some were given.
+    """
     if arguments.compare and arguments.json:
         raise ValueError("--compare only prints: leave --json out")
-    for name in ("n", "completions", "max_new_tokens", "width", "max_nodes"):
+    for name in ("n", "completions", "max_new_tokens", "width", "max_nodes", "batch"):
         number = getattr(arguments, name)
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {number}")
@@ -871,6 +874,9 @@ def check_arguments(arguments):
         raise ValueError("--seed must lie in [0, 2^31], and --show must be 0 or more")
     if not 0 <= arguments.tau <= 1:
         raise ValueError(f"--tau must lie in [0, 1], not {arguments.tau}")
+    if arguments.stop is None:
+        arguments.stop = data.STOP_TEXTS[arguments.prompt] if not arguments.eval_file else ()
+    arguments.stop = stop_texts(arguments.stop)
 
 
 def load_problems(arguments):
@@ -902,6 +908,12 @@ def load_model(arguments, problems, ranks):
     longest_prompt = max(len(ids) for ids in prompts)
     policy.check_context(model, longest_prompt, arguments.max_new_tokens)
     astar_search.check_model(model, longest=longest_prompt + arguments.max_new_tokens)
+    on_gpu = ranks.device.type == "cuda"
+    if arguments.dtype == "bfloat16" or (arguments.dtype == "auto" and on_gpu):
+        # After the check, which rounding would blunt.  Buffers, such as the frequencies of rotary
+        # positions, stay in float32, as they do in training.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
     guide = load_value_function(arguments.model, model)
     if arguments.decode == "astar" and guide is None:
         warning = "no value head beside this model, so the search is guided by log pi alone"
@@ -957,10 +969,12 @@ def run(argv):
         decode=arguments.decode,
         n=arguments.completions,
         max_new_tokens=arguments.max_new_tokens,
+        stop=arguments.stop,
         value_function=guide,
         tau=arguments.tau,
         width=arguments.width,
         max_nodes=arguments.max_nodes,
+        batch=arguments.batch,
         seed=arguments.seed,
     )
     status = 0

@@ -31,6 +31,7 @@ Where it departs from common practice:
 
 import contextlib
 import copy
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -48,10 +49,18 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed import fsdp as fsdp2  # FSDP1 is deprecated
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # -------------------------------------------------------------------------------------------- Ranks
+
+
+# How long a rank waits for another one.  Ranks search for different lengths of time, which may be
+# hours, and PyTorch's own limits are 30 minutes (gloo) and 10 (NCCL).  Past the limit gloo raises
+# RuntimeError.  NCCL's watchdog, a thread, counts from the call of a collective and ends the
+# process.  A rank that has died is noticed sooner: gloo sees its closed connection, and torchrun
+# ends the other ranks of its node.
+LONGEST_WAIT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,7 @@ class Ranks:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None = None  # the ranks that a model is split over; None: it is not split
+    group: dist.ProcessGroup | None = None  # all ranks; None: PyTorch's default group
 
     @property
     def is_main(self):
@@ -69,18 +79,17 @@ class Ranks:
         return self.rank == 0
 
 
-def init_ranks(distributed=False, device="auto", sharded=False):
+def init_ranks(distributed=False, device="auto", sharded=False, replicas=1):
     """Join the ranks that torchrun started, if it did.  Returns Ranks.
 
     distributed: the user's flag; it must agree with how the process was started.
     device: 'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ...
     sharded: use FSDP in a single process too, for its mixed precision and its offload.
+    replicas: groups of ranks that hold a whole model each; see make_mesh.
     Raises ValueError with one sentence if the launch or the device cannot be used.
     """
     launched = "WORLD_SIZE" in os.environ  # torchrun sets it for the processes that it starts
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     if distributed and not launched:
         raise ValueError(
             "--distributed: start with torchrun --standalone --nproc_per_node=RANKS, "
@@ -88,12 +97,57 @@ def init_ranks(distributed=False, device="auto", sharded=False):
         )
     if world_size > 1 and not distributed:
         raise ValueError(f"torchrun started {world_size} ranks: add --distributed")
+    if world_size % replicas:
+        raise ValueError(f"--replicas {replicas} does not divide the number of ranks, {world_size}")
+    if not (launched or sharded):
+        return Ranks(rank=0, world_size=1, device=usable_device(device))
 
-    name = device
+    # The ranks meet before anything can fail on one of them alone, such as a node without a GPU.
+    # From then on all learn of a failure; before, the others would wait until the time limit.
+    if not dist.is_initialized():
+        if launched:
+            dist.init_process_group("gloo")
+        else:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device=torch.device("cpu"))
+    device = raise_everywhere(functools.partial(usable_device, device), ranks)
+
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # Weights and gradients travel between GPUs by NCCL.  all_gather's numbers are on the CPU.
+        backend = "cpu:gloo,cuda:nccl"
+    group = dist.new_group(backend=backend, timeout=LONGEST_WAIT)
+    mesh = make_mesh(group, device, replicas)
+    return Ranks(ranks.rank, ranks.world_size, device=device, mesh=mesh, group=group)
+
+
+def make_mesh(group, device, replicas):
+    """Return the mesh of ranks that FSDP splits a model over: W ranks, or R replicas of W/R ranks.
+
+    With replicas the weights are split within each, and gradients are averaged over all ranks.
+    Ranks of one number are neighbours, so a replica can be a node.  Then only sums of gradients
+    travel between nodes, and no weights ("hybrid sharding").
+    """
+    if replicas == 1:
+        return DeviceMesh.from_group(group, device.type)
+    grid = torch.arange(dist.get_world_size()).view(replicas, -1)  # (R, W/R)
+    backend = dist.get_backend(group)
+    shards, _ = dist.new_subgroups_by_enumeration(grid.tolist(), LONGEST_WAIT, backend)
+    copies, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), LONGEST_WAIT, backend)
+    names = ("replicas", "shards")
+    return DeviceMesh.from_group([copies, shards], device.type, mesh=grid, mesh_dim_names=names)
+
+
+def usable_device(name):
+    """Return the torch.device of --device.  Raises ValueError if it cannot be used here.
+
+    'auto' is a GPU if there is one.  'cuda' is the GPU of this rank's number within its node.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and launched:
-        name = f"cuda:{local_rank}"
+    if name == "cuda":  # set_device needs a number
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -101,22 +155,10 @@ def init_ranks(distributed=False, device="auto", sharded=False):
         lines = str(error).splitlines()
         reason = lines[0] if lines else "no message"
         raise ValueError(f"--device {name}: not usable here ({reason})") from None
-
-    if not (launched or sharded):
-        return Ranks(rank=0, world_size=1, device=device)
-    backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # Weights and gradients travel between GPUs by NCCL.  all_gather's numbers are on the CPU.
-        backend = "cpu:gloo,cuda:nccl"
-    if not dist.is_initialized():
-        if launched:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    world_size = dist.get_world_size()
-    mesh = init_device_mesh(device.type, (world_size,))
-    return Ranks(rank=rank, world_size=world_size, device=device, mesh=mesh)
+        # cuDNN's attention plans anew for every length, and a search meets one every round.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
 
 
 def shutdown(ranks, status=0):
@@ -158,12 +200,12 @@ def all_gather(value, ranks):
     own_length = torch.tensor([len(own)])
     # dist.all_gather needs tensors of one shape: first the lengths, then the texts, padded.
     lengths = [torch.zeros_like(own_length) for _ in range(ranks.world_size)]
-    dist.all_gather(lengths, own_length)
+    dist.all_gather(lengths, own_length, group=ranks.group)
     lengths = [int(length) for length in lengths]
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: len(own)] = own
     texts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(texts, padded)
+    dist.all_gather(texts, padded, group=ranks.group)
     values = []
     for text, length in zip(texts, lengths):
         values.append(json.loads(text[:length].numpy().tobytes()))
@@ -219,6 +261,26 @@ def on_main(function, ranks):
         return None
 
     return raise_everywhere(run_if_main, ranks)
+
+
+def in_turn(function, ranks):
+    """Run function() on every rank and return its result, on the ranks of a node one by one.
+
+    For what takes much memory for a while, such as a whole model before it is split: N ranks at
+    once would need it N times.  What it raises, every rank raises, as in `raise_everywhere`.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))  # the rank's number within its node
+    result = None
+    for turn in range(1 + max(all_gather(local_rank, ranks))):
+        if turn == local_rank:
+            result = raise_everywhere(function, ranks)
+        else:
+            raise_everywhere(wait_for_turn, ranks)
+    return result
+
+
+def wait_for_turn():
+    """Nothing: what a rank does in another rank's turn."""
 
 
 def lost_peer(error):
@@ -610,8 +672,11 @@ def load_optimizer(folder, model, head, optimizer):
                 raise ValueError(
                     f"{folder}: the optimiser state of {name} is of another model size"
                 )
+            # As AdamW makes it: `step` is on the CPU; of a fused AdamW it is beside the parameter.
             if key != "step":
                 tensor = shard_like(tensor, parameter)
+            elif optimizer.defaults["fused"]:
+                tensor = tensor.to(parameter.device)
             optimizer.state[parameter][key] = tensor
 
 

@@ -87,6 +87,9 @@ class Config:
     cover: float = flag(1.0, "stop when the leaves hold this much of pi; 1: never", above=0, high=1)
     leaf_weights: str = flag("on", "weigh leaves by pi/q in all losses", choices=("on", "off"))
     max_new_tokens: int = flag(48, "longest completion in tokens", low=1)
+    stop: list = flag(
+        (), "a completion ends with this text too (\\n: new line); may be repeated; '' is none"
+    )
     max_nodes: int = flag(128, "most nodes that a search may expand for one problem", low=1)
     max_open: int = flag(65536, "longest queue of a search: the beam width", low=1)
     width: int = flag(2, "nodes of one problem that a round may evaluate at once", low=1)
@@ -127,6 +130,7 @@ class Config:
     seed: int = flag(0, "of problems, noise and order: same seed, same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
+    replicas: int = flag(1, "groups of ranks that hold a whole model each, such as nodes", low=1)
     cpu_offload: bool = flag(False, "keep weights, gradients and moments in the host's memory")
     output_dir: str = flag("runs/local", "where everything is written")
     eval_every: int = flag(20, "iterations between evaluations; also before the first", low=1)
@@ -145,6 +149,7 @@ class Config:
         for field in dataclasses.fields(self):
             check_flag(field, getattr(self, field.name))
         data.parse_digits(self.digits)
+        self.stop = evaluation.stop_texts(self.stop)
         if self.minibatches > self.problems_per_iteration:
             raise ValueError(
                 f"--minibatches {self.minibatches} is more than "
@@ -169,7 +174,7 @@ def check_flag(field, value):
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise ValueError(f"{flag_name(field.name)} must be one of {', '.join(choices)}")
-    if isinstance(value, str):
+    if isinstance(value, (str, list, tuple)):
         return
     low, above, high = (field.metadata[name] for name in ("low", "above", "high"))
     if low <= value <= high and above < value < math.inf:  # a NaN fails each of these
@@ -217,6 +222,7 @@ PRESETS = {
     | {
         "model": "Qwen/Qwen2.5-3B",
         "prompt": "tinyzero",
+        "stop": data.STOP_TEXTS["tinyzero"],
         "digits": "2-3",
         "output_dir": "runs/training",
         "max_new_tokens": 1024,
@@ -225,7 +231,7 @@ PRESETS = {
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-4,
         "warmup": 10,
-        "micro_batch": 4,
+        "micro_batch": 16,
         "gradient_checkpointing": "on",
         "mixed_precision": "bf16",
         "problems_per_iteration": 128,
@@ -236,6 +242,7 @@ PRESETS = {
 # Flags that bring others along, unless the preset or the user sets those.  64 leaves of plain A*
 # and a stop at the first right one, the defaults, suit em alone.
 COMPANIONS = {
+    ("prompt", "tinyzero"): {"stop": data.STOP_TEXTS["tinyzero"]},
     ("rollout", "sample"): {"rollouts_per_problem": 4},
     ("loss", "ppo"): GUMBEL_LEAVES,
     ("loss", "grpo"): GUMBEL_LEAVES,
@@ -304,7 +311,7 @@ def main(argv=None):
             # --------------------------------------------------------------------------- 2. Rewards
             # B rollouts: the leaves of all problems, one after the other.
             texts, verdicts = evaluation.judge_rollouts(
-                rollouts, run.tokenizer, problems, reward, config.max_new_tokens
+                rollouts, run.tokenizer, problems, reward, config.max_new_tokens, config.stop
             )
             rewards = torch.tensor([verdict["reward"] for verdict in verdicts])  # (B,)
             correct = torch.tensor([verdict["correct"] for verdict in verdicts], dtype=torch.bool)
@@ -333,6 +340,7 @@ def main(argv=None):
                 "soft_targets": soft_targets,
                 "leaf_weight": leaf_weight,
                 "advantages": advantages,
+                "teaches": which_teach(leaf_weight, advantages, config),
             }
             summary = summarise(rollouts, texts, verdicts, problems, config, ranks)
             if summary["leaves"] == 0:
@@ -361,18 +369,19 @@ def main(argv=None):
             run.model.train(config.gradient_checkpointing == "on")
             steps = []  # metrics of each optimiser step
             for epoch in range(config.epochs):
-                for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch):
+                for rows in deal_minibatches(rollouts, indices, config, iteration, epoch):
                     # What the losses are divided by is counted before the first backward, over
                     # all ranks.  So the parts below are terms of one sum.
-                    totals = minibatch_totals(rollouts, minibatch, ranks)
+                    totals = minibatch_totals(rollouts, rows, ranks)
                     if totals["tokens"] == 0:
                         continue  # no search of this minibatch found a leaf, on any rank
                     sums = {}
-                    for part in parts_of(minibatch, rollouts, ranks):
-                        log_prob, entropy, hidden = run.score(part.tokens, part.mask)
+                    # The policy runs only the completions that have a gradient.
+                    teaching = rows[rollouts.extra["teaches"][rows]]
+                    for part in parts_of(rollouts, teaching, config, ranks):
+                        log_prob, entropy, _ = run.score(part.tokens, part.mask)
                         # A leaf counts by its weight and by its tokens: (B, T-1).
-                        token_weights = part.extra["leaf_weight"][:, None] * part.mask
-                        token_weights = token_weights / totals["tokens"]
+                        weight = part.extra["leaf_weight"][:, None] * part.mask
                         if config.loss == "apo":
                             # sum_i w_i ( beta2 log(pi_theta/pi_ref)(y_i) + V*(x) - r_i )^2
                             policy_loss, metrics = policy.apo_loss(
@@ -391,34 +400,39 @@ def main(argv=None):
                                 old_log_prob=part.log_probs,
                                 advantages=part.extra["advantages"],
                                 entropy=entropy,
-                                token_weights=token_weights,
+                                token_weights=weight / totals["tokens"],
                                 clip=config.clip,
                                 entropy_coef=config.entropy_coef,
                             )
-                        # sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 ); it moves the head alone
-                        V, u_logit = run.head(hidden)
-                        head_loss, head_metrics = value_module.value_loss(
-                            values=V,
-                            u_logit=u_logit,
+                        # FSDP averages gradients over the ranks; these losses are to be added up.
+                        (policy_loss * ranks.world_size).backward()
+                        metrics |= policy.ratio_metrics(
+                            log_prob=log_prob,
+                            old_log_prob=part.log_probs,
+                            entropy=entropy,
+                            token_weights=weight / totals["teaching_tokens"],
+                            clip=config.clip,
+                        )
+                        add_up(sums, metrics)
+                    # The head learns from all of them, by the hidden states that the search kept:
+                    # it costs no forward of the model.
+                    for part in parts_of(rollouts, rows, config, ranks):
+                        V, u_logit = run.head(part.hidden)  # (M,) each
+                        weight = part.extra["leaf_weight"][:, None] * part.mask
+                        # sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 )
+                        head_loss, metrics = value_module.value_loss(
+                            values=V[part.prefix],  # (M,) -> (B, T-1)
+                            u_logit=u_logit[part.prefix],
                             returns=value_module.monte_carlo_returns(
                                 part.extra["rewards"], part.mask
                             ),
                             targets=value_module.monte_carlo_returns(
                                 part.extra["soft_targets"], part.mask
                             ),
-                            token_weights=token_weights,
+                            token_weights=weight / totals["tokens"],
                         )
-                        # FSDP averages gradients over the ranks; these losses are to be added up.
-                        ((policy_loss + head_loss) * ranks.world_size).backward()
-                        ratio_metrics = policy.ratio_metrics(
-                            log_prob=log_prob,
-                            old_log_prob=part.log_probs,
-                            entropy=entropy,
-                            token_weights=token_weights,
-                            clip=config.clip,
-                        )
-                        for name, number in {**metrics, **ratio_metrics, **head_metrics}.items():
-                            sums[name] = sums.get(name, 0.0) + number
+                        (head_loss * ranks.world_size).backward()
+                        add_up(sums, metrics)
                     # One optimiser step a minibatch, by the gradients of all its parts and ranks.
                     measured = reduce_metrics(sums, ranks)
                     # Each group is clipped by its own norm: neither shrinks the other's step.
@@ -426,11 +440,8 @@ def main(argv=None):
                     clip_grad_norm_(head_parameters, config.grad_clip)
                     measured["grad_norm"] = fsdp.full_tensor(policy_norm).item()
                     check_finite(measured, iteration)
-                    if not teaches_policy(totals, config):
-                        # Adam would move the policy by its moments though the gradient is zero.
-                        # It leaves a parameter without a gradient as it is.
-                        for parameter in policy_parameters:
-                            parameter.grad = None
+                    # Without a completion that teaches, the policy's parameters have no gradient.
+                    # Then AdamW leaves them as they are, and its moments too.
                     run.optimizer.step()
                     run.optimizer.zero_grad(set_to_none=True)
                     steps.append(measured)
@@ -520,10 +531,11 @@ def generate_rollouts(
         until = None
         if config.until_right == "on":
             until = evaluation.right_leaf_test(
-                tokenizer, problems[chunk], prompts, reward, config.max_new_tokens
+                tokenizer, problems[chunk], prompts, reward, config.max_new_tokens, config.stop
             )
         options = astar_search.Options(
             eos=policy.stop_tokens(model, tokenizer),
+            stop=astar_search.StopTexts(tokenizer, config.stop, prompts),
             K=K,
             tau=config.tau,
             width=config.width,
@@ -557,16 +569,30 @@ def leaf_weights(rollouts, config):
     return policy.normalise_weights(weight, rollouts.problem)
 
 
+def which_teach(leaf_weight, advantages, config):
+    """(B,) True for each completion that the policy loss has a gradient of.
+
+    leaf_weight (B,), advantages (B, T-1).  Without a weight or an advantage there is none: under em
+    for a wrong leaf, under grpo if the leaves of the problem have earned the same.  Under ppo the
+    critic is hardly ever right to the last digit, so wrong leaves teach too: one that earned more
+    than V predicted is reinforced.  apo and the entropy bonus do not depend on the advantages.
+    """
+    if config.loss == "apo" or config.entropy_coef > 0:
+        return torch.ones(len(leaf_weight), dtype=torch.bool)
+    return (leaf_weight[:, None] * advantages != 0).any(dim=1)
+
+
 @torch.no_grad()
 def score_rollouts(model, rollouts, indices, config, iteration, device):
-    """log pi (B, T-1) of rollouts under a model, by the forward that the update uses.
+    """log pi (B, T-1) of the rollouts that teach, by the forward that the update uses; 0 elsewhere.
 
     It runs the micro-batches of the first epoch, so that the update's first forward computes the
     same numbers again.
     """
     log_probs = torch.zeros_like(rollouts.log_probs)
     for minibatch in deal_minibatches(rollouts, indices, config, iteration, epoch=0):
-        for rows in minibatch:
+        teaching = minibatch[rollouts.extra["teaches"][minibatch]]
+        for rows in split_by_length(teaching, rollouts.length, config.micro_batch):
             part = rollouts.select(rows, device)
             log_prob, _, _ = policy.score(model, part.tokens, part.mask)
             log_probs[rows, : log_prob.shape[1]] = log_prob.cpu()
@@ -604,7 +630,7 @@ def add_apo_columns(run, rollouts, problems, indices, iteration):
             run.reference, rollouts, indices, config, iteration, run.ranks.device
         )
     _, verdicts = evaluation.judge_rollouts(
-        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
+        samples, run.tokenizer, problems, run.reward, config.max_new_tokens, config.stop
     )
     rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
     rewards = rewards.repeat_interleave(samples.count).view(len(problems), config.apo_samples)
@@ -630,7 +656,7 @@ def learning_rate_scale(config, iteration):
 
 
 def deal_minibatches(rollouts, indices, config, iteration, epoch):
-    """This rank's part of each minibatch, as micro-batches of rows: [[rows, ...], ...].
+    """This rank's part of each minibatch, as rows: [(b,), ...].
 
     Problems are dealt by their global number, `indices`, in an order fixed by (seed, iteration,
     epoch).  So a minibatch is the same on any number of ranks, and a rank's part may be empty.  The
@@ -644,11 +670,7 @@ def deal_minibatches(rollouts, indices, config, iteration, epoch):
         minibatch_of[index] = place * config.minibatches // N
     numbers = [minibatch_of[indices[p]] for p in rollouts.problem.tolist()]
     numbers = torch.tensor(numbers, dtype=torch.int64)
-    minibatches = []
-    for number in range(config.minibatches):
-        rows = torch.nonzero(numbers == number).squeeze(1)
-        minibatches.append(split_by_length(rows, rollouts.length, config.micro_batch))
-    return minibatches
+    return [torch.nonzero(numbers == n).squeeze(1) for n in range(config.minibatches)]
 
 
 def split_by_length(rows, length, most):
@@ -670,41 +692,31 @@ def split_by_length(rows, length, most):
     return [torch.tensor(micro_batch) for micro_batch in micro_batches]
 
 
-def minibatch_totals(rollouts, minibatch, ranks):
-    """Sums over a minibatch and all ranks: {"tokens", "leaves", "signal"}.
+def minibatch_totals(rollouts, rows, ranks):
+    """Sums over a minibatch and all ranks, weighted by leaf.
 
-    tokens and leaves are weighted by leaf; signal is the sum of |weight * advantage| over tokens.
+    tokens, leaves; and teaching_tokens, those of the completions that teach the policy.
     """
-    rows = torch.cat([torch.zeros(0, dtype=torch.int64), *minibatch])
     weight = rollouts.extra["leaf_weight"][rows]
-    tokens = weight[:, None] * rollouts.mask[rows]
+    tokens = (weight[:, None] * rollouts.mask[rows]).sum(dim=1)  # (b,)
     sums = {
         "tokens": tokens.sum().item(),
         "leaves": weight.sum().item(),
-        "signal": (tokens * rollouts.extra["advantages"][rows]).abs().sum().item(),
+        "teaching_tokens": (tokens * rollouts.extra["teaches"][rows]).sum().item(),
     }
     return fsdp.all_reduce_sum(sums, ranks)
 
 
-def teaches_policy(totals, config):
-    """Has the policy loss of this minibatch a gradient?
-
-    Not if all advantages are zero: under em, if no leaf is right; under grpo, if the leaves of each
-    problem have earned the same.  Under ppo the critic is hardly ever right to the last digit, so
-    that wrong leaves teach too: one that earned more than V predicted is reinforced.
-    """
-    return totals["signal"] > 0 or config.loss == "apo" or config.entropy_coef > 0
-
-
-def parts_of(minibatch, rollouts, ranks):
-    """Yield the micro-batches of a minibatch as Rollouts on the device, as many on every rank.
+def parts_of(rollouts, rows, config, ranks):
+    """Yield these rows in micro-batches, as Rollouts on the device, as many on every rank.
 
     Each backward pass gathers weights from all ranks and adds up their gradients.  So a rank that
     has fewer micro-batches than another goes on with idle ones: one token, whose weight is 0.
     """
-    for turn in range(max(fsdp.all_gather(len(minibatch), ranks))):
-        if turn < len(minibatch):
-            yield rollouts.select(minibatch[turn], ranks.device)
+    micro_batches = split_by_length(rows, rollouts.length, config.micro_batch)
+    for turn in range(max(fsdp.all_gather(len(micro_batches), ranks))):
+        if turn < len(micro_batches):
+            yield rollouts.select(micro_batches[turn], ranks.device)
         else:
             yield idle_part(rollouts).select(torch.tensor([0]), ranks.device)
 
@@ -720,7 +732,13 @@ def idle_part(rollouts):
     extra = {}
     for name, column in rollouts.extra.items():
         extra[name] = column.new_zeros((1,) * column.ndim)
-    return astar_search.Rollouts(**columns, extra=extra)
+    return astar_search.Rollouts(**columns, hidden=rollouts.hidden[:1], extra=extra)
+
+
+def add_up(sums, metrics):
+    """Add metrics, by name, to sums; in place."""
+    for name, number in metrics.items():
+        sums[name] = sums.get(name, 0.0) + number
 
 
 def reduce_metrics(sums, ranks):
@@ -736,10 +754,21 @@ def check_finite(metrics, iteration):
             raise FloatingPointError(f"iteration {iteration}: {name} is {number}")
 
 
+POLICY_METRICS = ("policy_loss", "approx_kl", "clip_fraction", "entropy")
+
+
 def mean_metrics(steps):
-    """Metrics of an iteration: means over its optimiser steps, and the KL before the first."""
-    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    means["first_kl"] = steps[0]["approx_kl"]  # no step was made: pi_theta is still pi_old
+    """Metrics of an iteration: means over its optimiser steps, and the KL before the first.
+
+    Those of the policy are means over the steps that taught it, and None if none did.
+    """
+    means = dict.fromkeys(POLICY_METRICS)
+    for name in dict.fromkeys(name for step in steps for name in step):
+        numbers = [step[name] for step in steps if name in step]
+        means[name] = sum(numbers) / len(numbers)
+    # Before the first step that teaches, pi_theta is still pi_old.
+    kl = [step["approx_kl"] for step in steps if "approx_kl" in step]
+    means["first_kl"] = kl[0] if kl else None
     return means
 
 
@@ -833,6 +862,7 @@ def evaluate(run):
             decode=config.eval_decode,
             n=config.eval_completions,
             max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
             value_function=run.value_function,
             width=config.width,
             max_nodes=config.max_nodes,
@@ -867,7 +897,7 @@ def fresh_explained_variance(run, iteration, most=128):
             stream=FRESH_STREAM,
         )
     _, verdicts = evaluation.judge_rollouts(
-        samples, run.tokenizer, problems, run.reward, config.max_new_tokens
+        samples, run.tokenizer, problems, run.reward, config.max_new_tokens, config.stop
     )
     rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
     returns = value_module.monte_carlo_returns(rewards, samples.mask)
@@ -981,8 +1011,8 @@ def print_start(run, companions):
         f"of {torch.get_num_threads()} threads"
     )
     if companions:
-        flags = " ".join(f"{flag_name(name)} {value}" for name, value in companions.items())
-        run.say(f"with --rollout {config.rollout} --loss {config.loss} come {flags}")
+        flags = " ".join(f"{flag_name(name)} {shown(value)}" for name, value in companions.items())
+        run.say(f"your flags bring along {flags}")
     if config.resume:
         source = run.source or "the beginning: there is no checkpoint yet"
         run.say(f"resumed from {source}, after iteration {run.iteration}")
@@ -991,12 +1021,18 @@ def print_start(run, companions):
 def print_iteration(run, row):
     """One line for the terminal."""
     n = row["iteration"]
+    if row["approx_kl"] is None:
+        step = "no step of the policy"
+    else:
+        step = (
+            f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
+            f"entropy {row['entropy']:.2f}"
+        )
     evaluated = f"  | eval {run.evaluated[n]:.3f}" if n in run.evaluated else ""
     run.say(
         f"{n:4d}/{run.config.iterations}  accuracy {row['rollout_accuracy']:.3f}  "
         f"reward {row['reward_mean']:+.2f}  length {row['completion_length']:5.1f}  "
-        f"leaves {row['leaves']:.1f}  kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
-        f"entropy {row['entropy']:.2f}  tokens {run.model_tokens:,d}  "
+        f"leaves {row['leaves']:.1f}  {step}  tokens {run.model_tokens:,d}  "
         f"seconds {row['seconds']:.0f}{evaluated}"
     )
 
@@ -1004,7 +1040,7 @@ def print_iteration(run, row):
 def print_end(run):
     """Accuracies, cost, and where the files are."""
     if run.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated(run.ranks.device) / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     accuracies = ", ".join(f"{x:.3f} after {i}" for i, x in run.evaluated.items())
@@ -1241,16 +1277,15 @@ def set_up(config, arguments):
     All that can be wrong is found here, before anything is written; the output folder comes last.
     Raises ValueError or OSError with one sentence.
     """
-    # Everything cheap comes first: a mistake in a flag is told before a model is loaded.
-    reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
     # FSDP does the mixed precision and the offload, so they need it in a single process too.
-    bf16 = config.mixed_precision == "bf16"
-    ranks = fsdp.init_ranks(config.distributed, config.device, sharded=bf16 or config.cpu_offload)
+    sharded = config.mixed_precision == "bf16" or config.cpu_offload
+    ranks = fsdp.init_ranks(config.distributed, config.device, sharded, config.replicas)
     # On a CPU offload would mean nothing, and FSDP would fail later with a traceback.
     if config.cpu_offload and ranks.device.type == "cpu":
         raise ValueError("--cpu-offload: the weights are on the CPU already, this flag is for GPUs")
-
-    inputs = input_files(config)
+    # Everything cheap comes first: a mistake in a flag is told before a model is loaded.
+    reward, inputs = fsdp.raise_everywhere(functools.partial(read_own_files, config), ranks)
+    check_same_start(config, inputs, ranks)
 
     def find_source():
         if arguments.eval_only:
@@ -1266,27 +1301,11 @@ def set_up(config, arguments):
             f"that {source} was trained with"
         )
 
-    def load():
-        try:
-            return load_everything(config, source, reward, ranks)
-        except ValueError:
-            if source and not os.path.isdir(source):  # it was whole when it was found
-                raise ValueError(
-                    f"{source} was removed while it was read: is a run going on there?"
-                ) from None
-            raise
-
-    # If it fails on one rank it fails on all: no rank waits for one that has given up.
-    loaded = fsdp.raise_everywhere(load, ranks)
+    load = functools.partial(load_and_shard, config, source, reward, ranks)
+    # One by one, because a rank has the whole model until it is split.  If it fails on one rank it
+    # fails on all: no rank waits for one that has given up.
+    loaded = fsdp.in_turn(load, ranks)
     model, tokenizer, head, reference, file_problems, eval_problems = loaded
-    shard_model = functools.partial(
-        fsdp.shard, ranks=ranks, mixed_precision=bf16, offload=config.cpu_offload
-    )
-    # Parallelism is applied to finished models; from here on the code is that of one process.
-    model = shard_model(model, blocks=policy.transformer_blocks(model))
-    head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
-    if reference is not None:
-        reference = shard_model(reference, blocks=policy.transformer_blocks(reference))
     run = Run(
         config=config,
         ranks=ranks,
@@ -1309,6 +1328,57 @@ def set_up(config, arguments):
     if not arguments.eval_only:
         open_run(run, state)
     return run
+
+
+def read_own_files(config):
+    """The reward, and the checksums of the user's files.  Raises ValueError or OSError."""
+    reward = reward_module.load_reward(config.reward, config.format_bonus, config.length_penalty)
+    return reward, input_files(config)
+
+
+def check_same_start(config, inputs, ranks):
+    """Raise ValueError unless all ranks have the main rank's flags and files.
+
+    Each node has a command line and a disk of its own.  inputs: the checksums of its files, which
+    count instead of their paths.
+    """
+    own = {flag_name(name): value for name, value in dataclasses.asdict(config).items()} | inputs
+    of_main = fsdp.all_gather(own, ranks)[0]
+    differing = [name for name in own if own[name] != of_main[name]]
+
+    def refuse():
+        if differing:
+            raise ValueError(f"{differing[0]} is not that of rank 0: start all nodes alike")
+
+    fsdp.raise_everywhere(refuse, ranks)
+
+
+def load_and_shard(config, source, reward, ranks):
+    """What load_everything returns, with the models and the head split over the ranks.
+
+    Parallelism is applied to finished models; from here on the code is that of one process.
+    """
+    try:
+        loaded = load_everything(config, source, reward, ranks)
+    except ValueError:
+        if source and not os.path.isdir(source):  # it was whole when it was found
+            raise ValueError(
+                f"{source} was removed while it was read (is a run going on there?), "
+                "or this node does not see it"
+            ) from None
+        raise
+    model, tokenizer, head, reference, file_problems, eval_problems = loaded
+    shard_model = functools.partial(
+        fsdp.shard,
+        ranks=ranks,
+        mixed_precision=config.mixed_precision == "bf16",
+        offload=config.cpu_offload,
+    )
+    model = shard_model(model, blocks=policy.transformer_blocks(model))
+    head = fsdp.shard(head, ranks, offload=config.cpu_offload)  # in float32
+    if reference is not None:
+        reference = shard_model(reference, blocks=policy.transformer_blocks(reference))
+    return model, tokenizer, head, reference, file_problems, eval_problems
 
 
 def open_run(run, state):
@@ -1409,7 +1479,8 @@ def load_everything(config, source, reward, ranks):
         print(f"train.py: {warning}", file=sys.stderr)
     longest = max(len(prompt) for prompt in prompts)
     policy.check_context(model, longest, config.max_new_tokens)
-    check_log_probs(model, longest + config.max_new_tokens, config, ranks)
+    if ranks.is_main:  # the others have the same model, and learn of a failure
+        check_log_probs(model, longest + config.max_new_tokens, config, ranks)
     check_search_size(config, vocabulary=model.get_output_embeddings().weight.shape[0])
     head = load_head(config, source, model)
     reference = None
@@ -1495,7 +1566,10 @@ def make_optimizer(model, head, config):
             groups.append(
                 {"params": parameters, "betas": betas, "weight_decay": decay, "peak": peak}
             )
-    return torch.optim.AdamW(groups)
+    # A fused step is one kernel for all parameters, and it makes no temporary copies of them.  On a
+    # CPU it rounds otherwise than the plain step, by which the published runs were made.
+    on_gpu = next(model.parameters()).is_cuda or config.cpu_offload
+    return torch.optim.AdamW(groups, fused=on_gpu)
 
 
 # ----------------------------------------------------------------------------------- A run's folder
@@ -1505,7 +1579,7 @@ RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
 # run with any other flag changed would be a mixture of two, and no seed could give it again.  More
 # iterations stretch the cosine of the learning rate.
 FREE_ON_RESUME = """
-    iterations device distributed cpu_offload output_dir eval_every eval_completions
+    iterations device distributed replicas cpu_offload output_dir eval_every eval_completions
     checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
     wandb tensorboard
 """.split()
@@ -1592,13 +1666,15 @@ def check_same_run(config, state, source):
                 f"{name}: the file or function is not the one that {source} was trained with; "
                 "go on with the old one, or start a new run"
             )
+    defaults = dataclasses.asdict(Config())
     for name, given in dataclasses.asdict(config).items():
         free = name in FREE_ON_RESUME
         if name in INPUTS:
             free = by_content
         if name == "model" and config.loss == "apo":  # the base is the reference policy
             free = by_content and flag_name(name) in inputs
-        before = state["config"].get(name)
+        # A flag that is younger than the checkpoint had its default.
+        before = state["config"].get(name, defaults[name])
         if not free and given != before:
             raise ValueError(
                 f"{flag_name(name)} {given} differs from the {before} "
@@ -1667,21 +1743,30 @@ GROUPS = {  # the first field of each group of flags -> its title in --help
     "seed": "the run",
 }
 # What --eval-only does not take from the checkpoint's configuration: how that process was run.
-OF_ONE_PROCESS = ("distributed", "cpu_offload", "wandb", "tensorboard", "resume", "overwrite")
+OF_ONE_PROCESS = """
+    distributed replicas cpu_offload wandb tensorboard resume overwrite
+""".split()
+
+
+def shown(value):
+    """The value of a flag as a user would write it; of one that is given several times all."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(value)
+    return value
 
 
 def help_text(field):
     """The help of a flag, with its default and the presets that change it."""
-    shown = []
-    if field.default not in ("", False):
+    values = []
+    if field.default not in ("", False, ()):
         default = "tiny_base" if field.default == TINY_BASE else field.default
-        shown.append(f"default {default}")
+        values.append(f"default {default}")
     for name, preset in PRESETS.items():
         if field.name in preset:
-            shown.append(f"{name}: {preset[field.name]}")
-    if not shown:
+            values.append(f"{name}: {shown(preset[field.name])}")
+    if not values:
         return field.metadata["help"]
-    return f"{field.metadata['help']} ({'; '.join(shown)})"
+    return f"{field.metadata['help']} ({'; '.join(values)})"
 
 
 def make_parser():
@@ -1707,6 +1792,8 @@ def make_parser():
         options = {"help": help_text(field), "default": argparse.SUPPRESS}
         if field.type is bool:
             group.add_argument(name, action="store_true", **options)
+        elif field.type is list:
+            group.add_argument(name, action="append", metavar="TEXT", **options)
         elif field.metadata["choices"]:
             group.add_argument(name, choices=field.metadata["choices"], **options)
         else:

@@ -360,6 +360,13 @@ def make_parser():
     )
     add("--width", type=int, default=1, help="nodes that a round may evaluate at once")
     add("--max-new-tokens", type=int, default=48, help="longest completion in tokens")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a completion ends with this text too; may be repeated",
+    )
     add("--max-nodes", type=int, default=1024, help="most nodes to expand")
     add(
         "--max-open",
@@ -434,8 +441,10 @@ def load_guide(arguments, model):
 
 def search_prompt(prompt, model, tokenizer, value_function, arguments):
     """Search below one prompt, a list of token ids.  Returns (tree, expander)."""
+    stop = evaluation.stop_texts(arguments.stop)
     options = astar_search.Options(
         eos=policy.stop_tokens(model, tokenizer),
+        stop=astar_search.StopTexts(tokenizer, stop, [prompt]),
         K=arguments.K,
         tau=arguments.tau,
         width=arguments.width,
@@ -485,7 +494,12 @@ def draw(arguments):
     if problem.answer is not None:
         rollouts = astar_search.collect([tree], expander)
         _, verdicts = evaluation.judge_rollouts(
-            rollouts, tokenizer, [problem], reward_module.Reward(), arguments.max_new_tokens
+            rollouts,
+            tokenizer,
+            [problem],
+            reward_module.Reward(),
+            arguments.max_new_tokens,
+            stop=evaluation.stop_texts(arguments.stop),
         )
     facts = record_search(
         tree=tree,

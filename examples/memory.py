@@ -89,8 +89,9 @@ def memory(config, model, prompt, activations, world_size, offload):
     """What a rank needs, in bytes by name.
 
     config: train.Config; model: its outline; prompt: tokens of the longest prompt; activations:
-    activation_bytes(model).  "rollouts" and "update" are the peaks on the GPU in the two phases,
-    "host" is what --cpu-offload keeps in the host's memory; the other names are parts of these.
+    activation_bytes(model).  "rollouts" and "update" are the peaks on the GPU in the two phases;
+    "host" is the peak of the host's memory, of the rank that writes checkpoints.  The other names
+    are parts of these.
     """
     text = model.config.get_text_config()
     blocks = policy.transformer_blocks(model)
@@ -104,37 +105,45 @@ def memory(config, model, prompt, activations, world_size, offload):
     reference = total if config.loss == "apo" else 0
     bytes_of_number = 2 if config.mixed_precision == "bf16" else 4  # in a forward pass
     sharded = world_size > 1 or offload or config.mixed_precision == "bf16"
+    shards = max(1, world_size // config.replicas)
 
-    # A rank keeps 1/W of the float32 weights, of their gradients, and of AdamW's two moments.
+    # A rank keeps one share of the float32 weights, of their gradients, and of AdamW's two moments.
+    # AdamW's step is fused on a GPU: it makes no copies of them.
     need = {}
-    need["weights"] = 4 * (total + reference) / world_size
-    need["gradients"] = 4 * trained / world_size
+    need["weights"] = 4 * (total + reference) / shards
+    need["gradients"] = 4 * trained / shards
     need["moments"] = 2 * need["gradients"]
-    need.update(search_bytes(config, text, prompt, world_size, bytes_of_number))
+    need.update(search_bytes(config, text, prompt, world_size, bytes_of_number, activations))
 
-    # Rollouts run on whole weights.  In the update the root stays whole and two blocks come and go;
-    # gradients are whole until they are split.
+    # Rollouts run on whole weights.  In the update the root stays whole and two blocks come and go.
+    # Their gradients are whole until they are split, with a float32 copy that is added up.
     whole, gathered = 0, 0
     if sharded:
         whole = bytes_of_number * (total + reference)
-        gathered = bytes_of_number * (root + 2 * block) + (bytes_of_number + 4) * root
+        gathered = (2 * bytes_of_number + 4) * (root + 2 * block)
     need["activations"] = update_bytes(config, text, prompt, activations, bytes_of_number)
     need["gathered"] = max(whole, gathered)
+    # A checkpoint is put together on one rank's host.  Loading takes less: the weights alone.
+    need["checkpoint"] = 4 * total + 8 * trained
 
     kept = need["weights"] + need["moments"]
+    need["rollouts"] = whole + need["K/V"] + need["search"]
+    need["update"] = gathered + need["activations"]
+    need["host"] = need["trees"] + need["checkpoint"]
     if offload:
-        need["rollouts"] = whole + need["K/V"] + need["search"]
-        need["update"] = gathered + need["activations"]
-        need["host"] = need["weights"] + need["gradients"] + need["moments"]
+        need["host"] += kept + need["gradients"]
     else:
-        need["rollouts"] = kept + whole + need["K/V"] + need["search"]
-        need["update"] = kept + gathered + need["activations"] + need["gradients"]
-        need["host"] = 0
+        need["rollouts"] += kept
+        need["update"] += kept + need["gradients"]
     return need
 
 
-def search_bytes(config, text, prompt, world_size, bytes_of_number):
-    """{"K/V", "search"}: the cache of the search's nodes, and what the search keeps beside it."""
+def search_bytes(config, text, prompt, world_size, bytes_of_number, activations):
+    """What rollouts take, in bytes: {"K/V", "search"} on the GPU, {"trees"} on the host.
+
+    K/V: the cache of the search's nodes.  search: what is kept beside it, and one forward.
+    trees: the nodes as Python has them, and the hidden states on which the value head is trained.
+    """
     D = text.hidden_size
     V = text.vocab_size
     heads = text.num_attention_heads
@@ -150,14 +159,23 @@ def search_bytes(config, text, prompt, world_size, bytes_of_number):
     while capacity < rows:
         capacity *= 2
 
-    # With each row come its ancestors' numbers, 8 bytes each, and its last hidden state.  In a
-    # round each node has the scores of all its children, and its ancestors' K/V of a layer, copied.
+    # With each row come its ancestors' numbers, 4 bytes each, and its last hidden state.
     span = prompt + config.max_new_tokens
+    tables = capacity * (1.5 * 4 * span + bytes_of_number * D)
+    # In a round each node has the scores of all its children, and its ancestors' K/V of a layer,
+    # gathered, and at most copied twice.  (Query heads that share K/V do not copy it.)  The first
+    # round runs the prompts; it takes less than what autograd would keep of a block.
     nodes = problems * config.width
-    tables = capacity * (1.5 * 8 * span + bytes_of_number * D)
+    copies = 3 * kv * span
+    forward = max(nodes * copies, problems * prompt * activations)
+
+    # The trees are those of one batch; a node takes 1,050 to 1,100 bytes (measured).  The hidden
+    # states are those of all prefixes of an iteration, in the model's type.
+    hidden = share * (prompt + config.max_nodes) * D * bytes_of_number
     return {
         "K/V": capacity * kv * text.num_hidden_layers,
-        "search": tables + nodes * (20 * V + 3 * kv * span),
+        "search": tables + nodes * 20 * V + forward,
+        "trees": rows * 1100 + hidden,
     }
 
 
@@ -170,8 +188,10 @@ def update_bytes(config, text, prompt, activations, bytes_of_number):
         blocks_at_once = 2 + inputs / activations
     else:
         blocks_at_once = text.num_hidden_layers + 1
+    # The last norm and the value head are computed in float32: ten numbers for each hidden one.
+    last = 10 * 4 * text.hidden_size
     logits = min(1 << 24, tokens * text.vocab_size)
-    return tokens * activations * blocks_at_once + 20 * logits
+    return tokens * (activations * blocks_at_once + last) + 20 * logits
 
 
 # ---------------------------------------------------------------------------------------- The table

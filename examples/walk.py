@@ -141,6 +141,7 @@ class TableExpander:
         self.prompts = [[PROMPT]]
         self.span = 3  # longest path in tokens
         self.values = torch.cat([torch.zeros(1), V.float()])  # row 0 is for padding
+        self.hidden = torch.zeros(len(self.values), 1)  # V and u are given: there is no head
         self.spent = [0]
         self.forwards = 0
 

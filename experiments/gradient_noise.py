@@ -34,7 +34,6 @@ import fsdp
 import policy
 import reward as reward_module
 import train
-import value as value_module
 
 SIZE = 128  # problems a batch: with 32 the signal drowned
 NEARLY_ALL = {"guide": "none", "cover": 0.99, "rollouts_per_problem": 64, "max_nodes": 256}
@@ -68,8 +67,6 @@ def gradients(model, tokenizer, value_function, problems, config):
     """(policy gradient of every batch (n, parameters), model tokens, share of right leaves)."""
     reward = reward_module.Reward()
     ranks = fsdp.Ranks(0, 1, torch.device("cpu"))
-    # Its loss has no part in the policy's gradient.
-    head = value_module.ValueHead(model.config.get_text_config().hidden_size)
     found = []
     tokens = 0
     right = 0.0
@@ -95,11 +92,11 @@ def gradients(model, tokenizer, value_function, problems, config):
         correct = torch.tensor([float(verdict["correct"]) for verdict in verdicts])
         right += (rollouts.extra["leaf_weight"] * correct).sum().item()
 
-        minibatch = torch.arange(len(rollouts)).split(config.micro_batch)
-        totals = train.minibatch_totals(rollouts, minibatch, ranks)
+        rows = torch.arange(len(rollouts))
+        totals = train.minibatch_totals(rollouts, rows, ranks)
         model.zero_grad()
-        for rows in minibatch:
-            loss, _ = step.loss_of(model, head, rollouts.select(rows), config, totals)
+        for part in train.parts_of(rollouts, rows, config, ranks):
+            loss, _ = step.policy_loss_of(model, part, config, totals)
             loss.backward()
         parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         found.append(torch.cat(parts))

@@ -648,11 +648,14 @@ def random_batch(B, low, high):
         count=zero,
         f=zero,
         truncated=zero > 0,
+        prefix=grid.long(),
+        hidden=torch.zeros(1, model.config.hidden_size),
         extra={
             "rewards": zero,
             "soft_targets": zero,
             "leaf_weight": zero + 1,
             "advantages": grid + 1,
+            "teaches": zero == 0,
         },
     )
     return model, rollouts, range(B), config
@@ -676,7 +679,7 @@ def update():
         real = (rollouts.length - 1).sum().item()
         padded = 0
         for minibatch in train.deal_minibatches(rollouts, indices, config, 1, 0):
-            for rows in minibatch:
+            for rows in train.split_by_length(minibatch, rollouts.length, config.micro_batch):
                 padded += len(rows) * (rollouts.length[rows].max().item() - 1)
         what = f"{name}: share of a batch that is padding"
         yield figure(what, {"min": 1 - real / padded}, "<= 0.15", tokens=real)

@@ -25,7 +25,7 @@ import value as value_module
 
 
 def columns_of(rollouts, verdicts, reward, config):
-    """What the losses need of each leaf: rewards, soft_targets, leaf_weight (B,), advantages."""
+    """What the losses need of each leaf: rewards, soft_targets, leaf_weight, advantages, ...."""
     rewards = torch.tensor([verdict["reward"] for verdict in verdicts])
     correct = torch.tensor([verdict["correct"] for verdict in verdicts], dtype=torch.bool)
     leaf_weight = train.leaf_weights(rollouts, config)
@@ -43,41 +43,44 @@ def columns_of(rollouts, verdicts, reward, config):
         "soft_targets": soft_targets,
         "leaf_weight": leaf_weight,
         "advantages": advantages,
+        "teaches": train.which_teach(leaf_weight, advantages, config),
     }
 
 
-def loss_of(model, head, part, config, totals):
-    """(policy loss + value loss, metrics) of one micro-batch: terms of sums over the minibatch.
-
-    Not for apo.
-    """
-    log_prob, entropy, hidden = policy.score(model, part.tokens, part.mask)
-    token_weights = part.extra["leaf_weight"][:, None] * part.mask / totals["tokens"]
+def policy_loss_of(model, part, config, totals):
+    """(policy loss, metrics) of one micro-batch: terms of sums over the minibatch.  Not for apo."""
+    log_prob, entropy, _ = policy.score(model, part.tokens, part.mask)
+    weight = part.extra["leaf_weight"][:, None] * part.mask
     policy_loss, metrics = policy.ppo_loss(
         log_prob=log_prob,
         old_log_prob=part.log_probs,
         advantages=part.extra["advantages"],
         entropy=entropy,
-        token_weights=token_weights,
+        token_weights=weight / totals["tokens"],
         clip=config.clip,
         entropy_coef=config.entropy_coef,
     )
-    V, u_logit = head(hidden)
-    head_loss, head_metrics = value_module.value_loss(
-        values=V,
-        u_logit=u_logit,
-        returns=value_module.monte_carlo_returns(part.extra["rewards"], part.mask),
-        targets=value_module.monte_carlo_returns(part.extra["soft_targets"], part.mask),
-        token_weights=token_weights,
-    )
-    ratio_metrics = policy.ratio_metrics(
+    metrics |= policy.ratio_metrics(
         log_prob=log_prob,
         old_log_prob=part.log_probs,
         entropy=entropy,
-        token_weights=token_weights,
+        token_weights=weight / totals["teaching_tokens"],
         clip=config.clip,
     )
-    return policy_loss + head_loss, {**metrics, **ratio_metrics, **head_metrics}
+    return policy_loss, metrics
+
+
+def head_loss_of(head, part, totals):
+    """(loss of the value head, metrics) of one micro-batch: terms of sums over the minibatch."""
+    V, u_logit = head(part.hidden)
+    weight = part.extra["leaf_weight"][:, None] * part.mask
+    return value_module.value_loss(
+        values=V[part.prefix],
+        u_logit=u_logit[part.prefix],
+        returns=value_module.monte_carlo_returns(part.extra["rewards"], part.mask),
+        targets=value_module.monte_carlo_returns(part.extra["soft_targets"], part.mask),
+        token_weights=weight / totals["tokens"],
+    )
 
 
 def update(model, head, optimizer, rollouts, indices, config, iteration, ranks):
@@ -89,24 +92,25 @@ def update(model, head, optimizer, rollouts, indices, config, iteration, ranks):
     steps = []
     model.train(config.gradient_checkpointing == "on")
     for epoch in range(config.epochs):
-        for minibatch in train.deal_minibatches(rollouts, indices, config, iteration, epoch):
-            totals = train.minibatch_totals(rollouts, minibatch, ranks)
+        for rows in train.deal_minibatches(rollouts, indices, config, iteration, epoch):
+            totals = train.minibatch_totals(rollouts, rows, ranks)
             if totals["tokens"] == 0:
                 continue
             sums = {}
-            for part in train.parts_of(minibatch, rollouts, ranks):
-                loss, metrics = loss_of(model, head, part, config, totals)
+            teaching = rows[rollouts.extra["teaches"][rows]]
+            for part in train.parts_of(rollouts, teaching, config, ranks):
+                loss, metrics = policy_loss_of(model, part, config, totals)
                 loss.backward()
-                for name, number in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + number
+                train.add_up(sums, metrics)
+            for part in train.parts_of(rollouts, rows, config, ranks):
+                loss, metrics = head_loss_of(head, part, totals)
+                loss.backward()
+                train.add_up(sums, metrics)
             measured = train.reduce_metrics(sums, ranks)
             policy_norm = clip_grad_norm_(policy_parameters, config.grad_clip)
             clip_grad_norm_(head_parameters, config.grad_clip)
             measured["grad_norm"] = policy_norm.item()
             train.check_finite(measured, iteration)
-            if not train.teaches_policy(totals, config):
-                for parameter in policy_parameters:
-                    parameter.grad = None
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             steps.append(measured)

@@ -12,6 +12,7 @@ start, because starting torch on W ranks costs seconds.
 import json
 import os
 import sys
+import time
 from unittest import mock
 
 import torch
@@ -121,10 +122,10 @@ def run_in_float64(out, problems, ranks):
         save_file(first_gradients(folder), f"{name}.safetensors")
 
 
-def failure_of(where, function, ranks):
-    """The sentence of the ValueError that where(function, ranks) raises."""
+def failure_of(where, *arguments):
+    """The sentence of the ValueError that where(...) raises."""
     try:
-        where(function, ranks)
+        where(*arguments)
     except ValueError as error:
         return str(error)
     return "nothing was raised"
@@ -162,10 +163,56 @@ def check_collectives(ranks):
     assert failure_of(fsdp.on_main, fail, ranks) == expected
 
 
+def check_turns(out, ranks):
+    """in_turn: no two ranks of a node are inside at once, and a failure is everyone's."""
+    W = ranks.world_size
+    inside = f"{out}/{W}_inside"
+
+    def be_alone():
+        os.close(os.open(inside, os.O_CREAT | os.O_EXCL))  # FileExistsError if another one is in
+        time.sleep(0.05)
+        os.remove(inside)
+        return ranks.rank
+
+    def fail_on_last():
+        if ranks.rank == W - 1:
+            raise ValueError("no")
+
+    assert fsdp.in_turn(be_alone, ranks) == ranks.rank
+    assert failure_of(fsdp.in_turn, fail_on_last, ranks) == (
+        "no" if W == 1 else f"rank {W - 1}: no"
+    )
+
+
+def check_groups(ranks):
+    """Each group of ranks waits LONGEST_WAIT, also those of replicas."""
+    W = ranks.world_size
+    if W == 1:
+        return  # started without torchrun: there are no groups
+    replicated = fsdp.make_mesh(ranks.group, ranks.device, replicas=W)
+    assert replicated.shape == (W, 1)
+    replicas, shards = replicated.get_all_groups()
+    assert (replicas.size(), shards.size()) == (W, 1)
+    for group in (ranks.group, ranks.mesh.get_group(), replicas, shards):
+        assert group._get_backend(ranks.device).options._timeout == fsdp.LONGEST_WAIT
+
+
+def check_start(ranks):
+    """Nodes have command lines of their own: another seed is refused, another path is not."""
+    inputs = {"--train-file": "the checksum"}
+    train.check_same_start(train.Config(train_file=f"node{ranks.rank}.jsonl"), inputs, ranks)
+    failure = failure_of(train.check_same_start, train.Config(seed=ranks.rank), {}, ranks)
+    expected = "rank 1: --seed is not that of rank 0: start all nodes alike"
+    assert failure == (expected if ranks.world_size > 1 else "nothing was raised")
+
+
 def main():
     out, *flags = sys.argv[1:]
     ranks = fsdp.init_ranks("WORLD_SIZE" in os.environ, "cpu")
     check_collectives(ranks)
+    check_turns(out, ranks)
+    check_groups(ranks)
+    check_start(ranks)
     run_in_float64(out, 7, ranks)
     run_in_float64(out, 2, ranks)
     train.main(flags)  # ends with fsdp.shutdown

@@ -113,6 +113,25 @@ def test_no_prefix_is_run_twice(kind):
     assert all(T == 1 for _, T in shapes[1:])  # after the prompts, one token a node
 
 
+@pytest.mark.parametrize("kind", ("qwen2", "llama", "qwen3"))
+def test_query_heads_that_share_keys_attend_to_one_copy_of_them(kind, monkeypatch):
+    """Four query heads on two of K and V: as two queries each of the two, for single tokens.
+
+    Guards against a transformers that repeats K and V for every query head: a GPU would move
+    them several times each round.
+    """
+    shapes = []
+    attention = F.scaled_dot_product_attention
+
+    def record_shapes(query, key, value, **options):
+        shapes.append((query.shape[1:3], key.shape[1]))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record_shapes)
+    run(small_model(kind))
+    assert set(shapes[2:]) == {((2, 2), 2)}  # after the prompts' two layers
+
+
 def test_rollouts_do_not_depend_on_batch_composition_or_width():
     """Theorem 8 on a model, in float64.
 

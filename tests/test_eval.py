@@ -9,6 +9,7 @@ import threading
 
 import numpy
 import pytest
+import torch
 from conftest import ROOT, rows
 from torch.distributed import run as torchrun
 
@@ -183,6 +184,36 @@ def test_batches_do_not_change_the_figures():
     assert results[0] == results[1]
 
 
+def test_the_flags_batch_and_dtype(monkeypatch):
+    """5 problems in batches of 2; in bfloat16 only where it is asked for on a CPU.
+
+    Guards against a model that is checked after its weights were rounded, where the check is
+    blunt, and against rotary frequencies that are rounded too.
+    """
+    made = []
+    dtypes_checked = []
+    expander = evaluation.astar_search.Expander
+
+    def record_expander(model, prompts, *arguments):
+        made.append((model, len(prompts)))
+        return expander(model, prompts, *arguments)
+
+    def record_check(model, longest):
+        dtypes_checked.append(model.dtype)
+
+    monkeypatch.setattr(evaluation.astar_search, "Expander", record_expander)
+    monkeypatch.setattr(evaluation.astar_search, "check_model", record_check)
+    flags = "--n 5 --batch 2 --max-new-tokens 3 --device cpu --dtype"
+    for dtype, weights in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        made.clear()
+        evaluation.main([*flags.split(), dtype])
+        assert [count for _, count in made] == [2, 2, 1]
+        model = made[0][0]
+        assert {parameter.dtype for parameter in model.parameters()} == {weights}
+        assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+    assert dtypes_checked == [torch.float32, torch.float32]
+
+
 @pytest.mark.parametrize(
     "votes, expected",
     [
@@ -351,6 +382,8 @@ def refused(capsys, *flags):
         ("--n 579", "only 578"),
         ("--n 0", "--n"),
         ("--completions 0", "--completions"),
+        ("--batch 0", "--batch"),
+        ("--dtype float16", "--dtype"),
         ("--eval-file OUT/two.jsonl --n 3", "only 2 problems"),
         ("--eval-file OUT/none.jsonl", "none.jsonl cannot be read"),
         ("--json OUT/a.txt", ".json"),

@@ -15,10 +15,11 @@ import shutil
 import signal
 import subprocess
 import time
+from unittest import mock
 
 import pytest
 import torch
-from conftest import ForkedRanks, finish, launch, rows, tensors, timeless
+from conftest import ForkedRanks, finish, free_port, launch, rows, tensors, timeless
 from safetensors.torch import load_file, save_file
 
 import fsdp
@@ -191,6 +192,66 @@ def test_three_ranks_with_two_problems(tmp_path):
     assert len(rows(tmp_path / "run" / "metrics.jsonl")) == 3
 
 
+def test_two_nodes_are_two_ranks(runs, tmp_path):
+    """Two launches of torchrun with a rank each, both of them number 0 of their node.
+
+    Bit for bit the run of one launch with two ranks, and so is its resume there.  Guards against a
+    rank within the node where the rank among all is meant: two that write and print, or none.
+    """
+    folder = tmp_path / "run"
+    torchrun = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d".split()
+    torchrun.append(f"--rdzv_endpoint=localhost:{free_port()}")
+    words = [*torchrun, "train.py", *flags(folder, ranks=2)]
+    nodes = [launch(1, *words), launch(1, *words)]
+    outputs = sorted(finish(node) for node in nodes)
+    assert outputs[0] == ""
+    assert outputs[1].count("before: greedy accuracy") == 1
+    assert timeless(folder) == timeless(runs[2])
+    assert distance(folder / "checkpoint_iter_4", runs[2] / "checkpoint_iter_4") == 0
+
+    resumed = copy_until(3, folder, tmp_path / "resumed")
+    finish(fork_run(resumed, "--resume", "auto", ranks=2))
+    assert timeless(resumed) == timeless(runs[2])
+    assert distance(resumed / "checkpoint_iter_4", runs[2] / "checkpoint_iter_4") == 0
+
+
+def test_two_replicas_of_two_ranks_train_like_one_rank(runs, tmp_path, capsys):
+    """From a checkpoint of one rank to 2 x 2 ranks, and from theirs back to one: 1e-5.
+
+    Guards against gradients that are averaged within a replica alone, and against a tensor of a
+    checkpoint that is cut or put together by the wrong ranks.
+    """
+    folder = copy_until(2, runs[1], tmp_path / "run")
+    finish(fork_run(folder, "--resume", "auto", "--replicas", "2", ranks=4))
+    assert distance(folder / "checkpoint_iter_4", runs[1] / "checkpoint_iter_4") < 1e-5
+    back = copy_until(3, folder, tmp_path / "back")
+    run(back, "--resume", "auto")
+    assert distance(back / "checkpoint_iter_4", runs[1] / "checkpoint_iter_4") < 1e-5
+    error = refused(capsys, tmp_path / "other", "--replicas", "2")
+    assert "--replicas 2 does not divide the number of ranks, 1" in error
+
+
+def test_a_node_with_too_few_gpus_is_said_by_every_rank(monkeypatch):
+    """The second rank of a node asks for its second GPU.  All ranks get the sentence.
+
+    Only the first of a node prints one, so a failure of the second alone was printed by none.
+    """
+    asked = []
+
+    def refuse(function, ranks):
+        with pytest.raises(ValueError) as failure:
+            function()
+        asked.append(str(failure.value))
+        raise ValueError("of all ranks")
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(fsdp, "raise_everywhere", refuse)
+    with pytest.raises(ValueError, match="of all ranks"):
+        fsdp.init_ranks(device="cuda", sharded=True)
+    torch.distributed.destroy_process_group()
+    assert asked[0].startswith("--device cuda:1: not usable here")
+
+
 def test_bfloat16_starts_at_ratio_one(tmp_path):
     """pi_old is that of the training forward.
 
@@ -215,6 +276,22 @@ def test_the_slice_and_the_sums_of_one_process():
     assert slices == [[0, 3], [1, 4], [2]]
     assert fsdp.all_gather({"a": (1, 2)}, ONE) == [{"a": (1, 2)}]
     assert fsdp.all_reduce_sum({"a": 1, "b": 2.5}, ONE) == {"a": 1, "b": 2.5}
+
+
+@pytest.mark.parametrize("name", ("auto", "cuda"))
+def test_one_process_with_fsdp_takes_the_first_gpu(name, monkeypatch):
+    """torch.cuda.set_device refuses a device without a number, with ValueError.
+
+    Guards against --mixed-precision bf16 and --cpu-offload that end at once on a single GPU.
+    """
+    zeros = torch.zeros
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))  # there is no GPU
+    assert fsdp.usable_device(name) == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert fsdp.usable_device(name) == torch.device("cuda:3")
+    assert fsdp.usable_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_one_process_raises_the_same_sentence():
@@ -630,6 +707,42 @@ def test_any_module_is_saved_and_its_optimizer_restored(tmp_path):
     other_model, other_head, other_optimizer = trained(size=4)
     with pytest.raises(ValueError, match="another model size"):
         fsdp.load_optimizer(folder, other_model, other_head, other_optimizer)
+
+
+@pytest.mark.parametrize("fused, device", [(True, "meta"), (False, "cpu")])
+def test_the_step_of_a_fused_optimizer_is_beside_its_parameter(fused, device, tmp_path):
+    """As AdamW makes it.  From the CPU, a fused step on a GPU would fail after a resume.
+
+    The parameters are on the meta device, which stands for another than the CPU.
+    """
+    model, head, optimizer = trained(size=3)
+    folder = str(tmp_path / "checkpoint_iter_3")
+    fsdp.save_checkpoint(folder, model, Tokenizer(), head, optimizer, dict(STATE), ONE)
+    parameters = [*model.to("meta").parameters(), *head.to("meta").parameters()]
+    fresh = torch.optim.AdamW(parameters, fused=fused)
+    fsdp.load_optimizer(folder, model, head, fresh)
+    for parameter in parameters:
+        assert fresh.state[parameter]["step"].device.type == device
+        assert fresh.state[parameter]["exp_avg"].device.type == "meta"
+
+
+@pytest.mark.parametrize("offload", [True, False])
+def test_the_optimizer_of_a_gpu_is_fused(offload):
+    """Also under offload, where Adam runs on the host.  A CPU keeps the step of published runs."""
+    model, head, _ = trained(size=3)
+    optimizer = train.make_optimizer(model, head, train.Config(cpu_offload=offload))
+    assert optimizer.defaults["fused"] is offload
+
+
+def test_the_peak_memory_is_that_of_the_ranks_device(monkeypatch, capsys):
+    """Guards against that of GPU 0 in a run on --device cuda:1, where it is nothing."""
+    peaks = {torch.device("cuda:1"): 3 * 2**30}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peaks.get)
+    finished = mock.Mock(evaluated={}, model_tokens=7, eval_problems=[], say=print)
+    finished.clock = train.Clock()
+    finished.ranks = fsdp.Ranks(rank=0, world_size=1, device=torch.device("cuda:1"))
+    train.print_end(finished)
+    assert "peak memory of a rank 3.00 GiB" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -4,6 +4,7 @@ One section a file of the eight.  The numbers are worked by hand.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -28,6 +29,11 @@ from astar_search import Options, log_inclusion, root_keys, sample, search
 
 ROOT = pathlib.Path(train.__file__).parent
 BASE = str(ROOT / "tiny_base")
+# The credit and the update as functions; test_steps_of_the_copy asserts that they are train.main's.
+spec = importlib.util.spec_from_file_location("step", ROOT / "experiments" / "step.py")
+step = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(step)
+
 ONE = fsdp.Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 SMALL = """
     --config ppo --problems-per-iteration 4 --rollouts-per-problem 3 --eval-problems 1
@@ -564,7 +570,8 @@ def test_every_number_of_an_evaluation_arrives(monkeypatch):
     monkeypatch.setattr(evaluation, "evaluate", stop)
     flags = """
         --decode astar --n 3 --completions 5 --max-new-tokens 9 --tau .4 --width 6 --max-nodes 70
-        --seed 8 --device cpu --digits 1 --prompt terse --prefill x
+        --seed 8 --device cpu --digits 1 --prompt terse --prefill x --stop 7 --stop 8
+        --batch 33
     """.split()
     with pytest.raises(Stop) as stopped:
         evaluation.main(flags)
@@ -574,10 +581,12 @@ def test_every_number_of_an_evaluation_arrives(monkeypatch):
         "decode": "astar",
         "n": 5,
         "max_new_tokens": 9,
+        "stop": ["7", "8"],
         "value_function": None,
         "tau": 0.4,
         "width": 6,
         "max_nodes": 70,
+        "batch": 33,
         "seed": 8,
     }
 
@@ -631,18 +640,15 @@ def test_a_resumed_run_has_the_seconds_of_its_checkpoint(tmp_path):
 
 
 def test_totals_of_a_minibatch_are_weighted():
-    """Leaves of weight .25 and .75 with 1 and 3 tokens, advantages 2 and -1.
+    """Leaves of weight .25 and .75 with 1 and 3 tokens, of which the second teaches.
 
-    tokens: .25 + 3 * .75 = 2.5;  leaves: 1;  signal: .25 * 2 + 3 * .75 * 1 = 2.75.
+    tokens: .25 + 3 * .75 = 2.5;  leaves: 1;  teaching_tokens: 3 * .75 = 2.25.
     """
     mask = torch.tensor([[True, False, False], [True, True, True]])
-    extra = {
-        "leaf_weight": torch.tensor([0.25, 0.75]),
-        "advantages": torch.tensor([[2.0], [-1.0]]) * mask,
-    }
+    extra = {"leaf_weight": torch.tensor([0.25, 0.75]), "teaches": torch.tensor([False, True])}
     rollouts = types.SimpleNamespace(extra=extra, mask=mask)
-    totals = train.minibatch_totals(rollouts, [torch.tensor([1]), torch.tensor([0])], ONE)
-    assert totals == {"tokens": 2.5, "leaves": 1.0, "signal": 2.75}
+    totals = train.minibatch_totals(rollouts, torch.tensor([1, 0]), ONE)
+    assert totals == {"tokens": 2.5, "leaves": 1.0, "teaching_tokens": 2.25}
 
 
 def test_the_rate_of_every_group_follows_the_schedule(tmp_path, monkeypatch):
@@ -669,7 +675,7 @@ def test_the_last_iteration_is_kept_whatever_the_interval(tmp_path):
 
 
 FREE = """
-    iterations device distributed cpu_offload output_dir eval_every eval_completions
+    iterations device distributed replicas cpu_offload output_dir eval_every eval_completions
     checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
     wandb tensorboard train_file eval_file reward
 """.split()
@@ -731,3 +737,71 @@ def test_the_critic_is_fitted_to_rewards_and_u_to_soft_targets(tmp_path, monkeyp
     run(tmp_path / "run")
     assert min(returns.min().item() for returns, _ in seen) < -0.8
     assert all(targets.min() >= 0.0 and targets.max() <= 1.0 for _, targets in seen)
+
+
+# ----------------------------------------------------------- The update runs only what has a weight
+
+
+@pytest.mark.parametrize("loss", ["em", "grpo", "ppo"])
+def test_the_completions_left_out_have_no_gradient(loss):
+    """The policy's gradient of those that teach is that of all; the head's is that of a forward.
+
+    Guards a completion with a gradient that is left out, totals of fewer completions, and hidden
+    states that belong to another prefix, also after selecting, concatenating and padding.
+    """
+    config = train.parse_arguments(["--loss", loss, "--rollout-batch", "5"])[0]
+    model, tokenizer = policy.load_policy(BASE)
+    reward = reward_module.Reward()
+    problems = data.eval_problems(12, prefill="<think>")
+    arguments = (model, tokenizer, problems, range(12), config, reward)
+    # Chunks of 5, 5 and 2 problems are concatenated.
+    rollouts = train.generate_rollouts(
+        *arguments, iteration=1, value_function=None, kind="astar", K=6
+    )
+    texts, verdicts = evaluation.judge_rollouts(rollouts, tokenizer, problems, reward, 48)
+    rollouts.extra = step.columns_of(rollouts, verdicts, reward, config)
+    teaches = rollouts.extra["teaches"]
+    if loss != "ppo":
+        assert 0 < teaches.sum() < len(rollouts)
+    rows = torch.arange(len(rollouts))
+    totals = train.minibatch_totals(rollouts, rows, ONE)
+
+    def gradient(chosen):
+        model.zero_grad()
+        for part in train.parts_of(rollouts, chosen, config, ONE):
+            policy_loss, _ = step.policy_loss_of(model, part, config, totals)
+            policy_loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = gradient(rows)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradient(rows[teaches]), expected, rtol=1e-4, atol=1e-7)
+
+    torch.manual_seed(1)
+    head = value_module.ValueHead(model.config.hidden_size)
+    torch.nn.init.normal_(head.outer.weight)
+    for part in train.parts_of(rollouts, rows, config, ONE):
+        V, u_logit = head(part.hidden)
+        _, _, hidden = policy.score(model, part.tokens, part.mask)
+        V_expected, u_expected = head(hidden)
+        for kept, forward in ((V, V_expected), (u_logit, u_expected)):
+            kept = kept[part.prefix] * part.mask
+            torch.testing.assert_close(kept, forward * part.mask, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_of_the_copy(capsys):
+    """experiments/step.py has the numbers of train.main, bit for bit."""
+    step.check("--loss ppo")
+
+
+def test_an_iteration_that_teaches_nothing_has_no_metrics_of_the_policy(tmp_path, capsys):
+    """Guards a KL or an entropy of 0 that was never computed, and a line that cannot be printed."""
+    (tmp_path / "never.py").write_text(
+        "def never(problem, completion):\n    return -1.0\n\n\nnever.bounds = (-1.0, 1.0)\n"
+    )
+    run(tmp_path / "run", "--loss", "em", "--reward", tmp_path / "never.py:never")
+    row = rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    for name in ("policy_loss", "approx_kl", "clip_fraction", "entropy", "first_kl"):
+        assert row[name] is None, name
+    assert row["grad_norm"] == 0.0 and row["value_loss"] > 0
+    assert "no step of the policy" in capsys.readouterr().out

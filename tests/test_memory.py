@@ -49,11 +49,20 @@ def test_memory_of_the_3b_model_by_hand(qwen):
     # Two problems of 100 + 700 tokens are 1600 rows.  The tables begin with 2 * 200 -> 1024 rows
     # and double.
     assert need["K/V"] == 2048 * 36 * (2 * 2 * 128) * 2
-    assert need["host"] == 0
+    # On the host: the nodes of two problems, and the hidden states of 64/4.
+    assert need["trees"] == 1600 * 1100 + 16 * 800 * 2048 * 2
+    # Weights and two moments, whole.
+    assert need["checkpoint"] == 12 * parameters
+    assert need["host"] == need["trees"] + need["checkpoint"]
 
     offloaded = memory_of(qwen, flags, world_size=4, offload=True)
-    assert offloaded["host"] == 16 * parameters / 4
+    assert offloaded["host"] - need["host"] == 16 * parameters / 4
     assert need["rollouts"] - offloaded["rollouts"] == 12 * parameters / 4
+
+    # Two replicas of two ranks: each rank keeps a half, and its problems stay a quarter.
+    replicated = memory_of(qwen, flags + " --replicas 2", world_size=4)
+    assert replicated["moments"] == 8 * parameters / 2
+    assert replicated["trees"] == need["trees"]
 
     # All that is left to train is the last norm and the value head.
     frozen = memory.outline(str(QWEN), freeze_blocks=36)
@@ -62,6 +71,19 @@ def test_memory_of_the_3b_model_by_hand(qwen):
     with_base = memory_of(qwen, flags + " --loss apo", world_size=4)
     assert with_base["weights"] == 2 * need["weights"]
     assert with_base["gradients"] == need["gradients"]
+
+
+def test_memory_of_the_update_by_hand(qwen):
+    """Guards against the head's float32 copies and the blocks' gradients left out: they were."""
+    need = memory_of(qwen, "--micro-batch 3 --max-new-tokens 50 --mixed-precision bf16")
+    # 36 blocks and one at work, 1000 bytes a token each; ten float32 numbers a hidden one.
+    assert need["activations"] == 3 * 150 * (37 * 1000 + 40 * 2048) + 20 * 2**24
+    block = 2 * 2048 * 2048 + 2048 + 2 * (2048 * 256 + 256) + 3 * 2048 * 11008 + 2 * 2048
+    root = 151936 * 2048 + 2048 + 2048 * 2048 + 2048 + 2 * 2048 + 2
+    # Weights and gradients in bf16, sums in float32, of two blocks and the root.
+    gathered = (2 + 2 + 4) * (root + 2 * block)
+    kept = need["weights"] + need["moments"] + need["gradients"]
+    assert need["update"] == kept + gathered + need["activations"]
 
 
 def test_memory_of_the_cache_is_what_the_search_takes():

@@ -80,6 +80,82 @@ def test_score_in_chunks_equals_the_full_computation(max_logits):
         assert torch.allclose(gradient, full_gradient, atol=1e-5)
 
 
+def output_layers(dtype, bias=False):
+    """(policy.OutputLayer, torch.nn.Linear of the same weight, hidden states): logits up to 100."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 4096, bias, dtype=dtype)
+    layer = policy.OutputLayer(64, 4096, bias, dtype=dtype)
+    layer.load_state_dict(plain.state_dict())
+    hidden = 40 * torch.randn(2, 3, 64).to(dtype)
+    return layer, plain, hidden
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_the_output_layer_of_full_precision_is_torchs_own(dtype):
+    """Bit for bit."""
+    layer, plain, hidden = output_layers(dtype, bias=True)
+    assert torch.equal(layer(hidden), plain(hidden))
+    assert layer(hidden).dtype == dtype
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_bfloat16_logits_are_not_rounded(bias):
+    """Guards against ties of likely tokens: between 16 and 32 bfloat16 has 128 numbers in all."""
+    layer, plain, hidden = output_layers(torch.bfloat16, bias)
+    with torch.no_grad():
+        exact = F.linear(hidden.double(), plain.weight.double())
+        if bias:
+            exact += plain.bias.double()
+        logits = layer(hidden)
+        rounded = plain(hidden).float()
+    assert logits.dtype == torch.float32 and logits.shape == (2, 3, 4096)
+    assert (logits - exact).abs().max() < 1e-4
+    assert (rounded - exact).abs().max() > 0.05
+    for row, rounded_row in zip(logits.view(6, -1), rounded.view(6, -1)):
+        best = row.topk(100).values
+        assert len(best.unique()) == 100
+        assert len(rounded_row.topk(100).values.unique()) < 80
+
+
+@pytest.mark.parametrize("frozen", (False, True))
+def test_gradients_of_bfloat16_logits(frozen):
+    """Those of torch's own layer, up to the rounding of its logits; none for a frozen weight."""
+    layer, plain, hidden = output_layers(torch.bfloat16)
+    gradients = []
+    for module in (layer, plain):
+        module.weight.requires_grad_(not frozen)
+        x = hidden.clone().requires_grad_()
+        module(x / 10).float().logsumexp(dim=-1).sum().backward()
+        gradients.append((x.grad, module.weight.grad))
+    (x_grad, weight_grad), (expected_x_grad, expected_weight_grad) = gradients
+    assert x_grad.dtype == torch.bfloat16
+    assert (x_grad - expected_x_grad).norm() < 0.02 * expected_x_grad.norm()
+    if frozen:
+        assert weight_grad is None
+    else:
+        assert (weight_grad - expected_weight_grad).norm() < 0.02 * expected_weight_grad.norm()
+
+
+def test_children_of_a_loaded_bfloat16_model_do_not_tie():
+    """The layer is there, its weight is the embeddings' own, and the search's log pi is update's.
+
+    Guards against log pi in steps of 1/16 and 1/8.
+    """
+    model, _ = policy.load_policy(str(ROOT / "tiny_base"), dtype=torch.bfloat16)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    with torch.no_grad():  # as peaked as pi of a large model: logits up to 100
+        model.model.norm.weight.mul_(8)
+    tokens, mask = ragged_batch(vocabulary=24)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    assert len(logits[0, -1].unique()) == 24
+    log_prob, _, _ = policy.score(model, tokens, mask)
+    expected = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    assert torch.allclose(log_prob[mask], expected[mask], atol=1e-5)
+
+
 def test_padding_changes_no_score():
     """Guards against attention to padding, or scores of padding."""
     model = tiny_model()

@@ -104,6 +104,8 @@ def make_rollouts(problem, weight, log_probs=None, values=0.0, **columns):
         "count": torch.ones(B, dtype=torch.int64),
         "f": torch.zeros(B),
         "truncated": torch.zeros(B, dtype=torch.bool),
+        "prefix": torch.zeros(B, 1, dtype=torch.int64),
+        "hidden": torch.zeros(1, 4),
     }
     for name, column in columns.items():
         made[name] = torch.tensor(column)
@@ -370,20 +372,24 @@ def test_moments_of_earlier_steps_do_not_move_the_policy_either(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "flags, signal_found, teaches",
+    "flags, expected",
     [
-        ("--loss em", 0.0, False),
-        ("--loss em", 1e-30, True),
-        ("--loss grpo", 0.0, False),
-        ("--loss ppo", 1e-3, True),
-        ("--loss apo", 0.0, True),
-        ("--loss em --entropy-coef .01", 0.0, True),
+        ("--loss em", [False, True, True, False]),
+        ("--loss grpo", [False, True, True, False]),
+        ("--loss ppo", [False, True, True, False]),
+        ("--loss apo", [True, True, True, True]),
+        ("--loss em --entropy-coef .01", [True, True, True, True]),
     ],
 )
-def test_which_minibatches_teach(flags, signal_found, teaches):
-    """The loss of apo and an entropy bonus do not depend on the advantages."""
+def test_which_completions_teach(flags, expected):
+    """No advantage, one at one token, a tiny negative one, no weight.
+
+    The loss of apo and an entropy bonus do not depend on the advantages.
+    """
     config = train.parse_arguments(flags.split())[0]
-    assert train.teaches_policy({"signal": signal_found}, config) == teaches
+    weight = torch.tensor([0.5, 0.5, 1.0, 0.0])
+    advantages = torch.tensor([[0.0, 0.0], [0.0, 1.0], [-1e-30, -1e-30], [1.0, 1.0]])
+    assert train.which_teach(weight, advantages, config).tolist() == expected
 
 
 # ----------------------------------------------------------------------------- A7: the stop by mass
