@@ -227,6 +227,7 @@ PRESETS = {
         "output_dir": "runs/training",
         "max_new_tokens": 1024,
         "max_nodes": 16384,
+        "width": 8,
         "iterations": 200,
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-4,
