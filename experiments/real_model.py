@@ -5,6 +5,7 @@
 
     python experiments/real_model.py make --out runs/smollm2     # the model's folder and the task
     python experiments/real_model.py fixed --model runs/smollm2  # search against sampling
+    python experiments/real_model.py train --arms astar_em --seeds 20 21          # runs of train.py
 
 The task: a product of a 2-digit and a 1-digit number, after a worked example.  The model writes
 the number and a new line.  Each result is appended to experiments/results/real_model.jsonl.
@@ -14,16 +15,20 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import random
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import compare
+import speed
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,6 +47,7 @@ EXAMPLES = 1  # worked examples before a question
 TRAIN_LINES = 4000
 BUDGETS = (8, 16, 32, 64)  # model tokens behind the prompt, of one problem
 DRAWS = 96  # samples of a problem; as many of them count as a budget allows
+CHUNK = 50  # problems in lock-step: 50 x 96 samples x 49,152 tokens take 1 GB
 BETA = 0.2  # temperature of h
 
 # -------------------------------------------------------------------------------------------- Make
@@ -142,11 +148,11 @@ class Setting:
             self.tokenizer, problems, prompts, self.reward, self.max_new_tokens, self.stop
         )
 
-    def draw(self, problems, n, seed):
-        """n samples of each problem.  Returns (trees, expander)."""
+    def draw(self, problems, n, seed, first=0):
+        """n samples of each problem; `first`: number of the first.  Returns (trees, expander)."""
         prompts = evaluation.encode_prompts(self.tokenizer, problems)
         expander = astar_search.Expander(self.model, prompts, self.max_new_tokens)
-        keys = astar_search.root_keys(seed, 0, range(len(problems)))
+        keys = astar_search.root_keys(seed, 0, range(first, first + len(problems)))
         return astar_search.sample(keys, expander, self.options(prompts, K=n)), expander
 
 
@@ -162,9 +168,18 @@ class CountingTree(astar_search.Tree):
         self.pops_at_leaf.append(self.pops)
 
 
-def search_rows(setting, problems, value_function, tau, seed):
+def in_chunks(rows_of, setting, problems, *arguments):
+    """rows_of(setting, problems, *arguments, first) for CHUNK problems at a time: all rows."""
+    rows = []
+    for first in range(0, len(problems), CHUNK):
+        rows += rows_of(setting, problems[first : first + CHUNK], *arguments, first)
+    return rows
+
+
+def search_rows(setting, problems, value_function, tau, seed, first=0):
     """One search of every problem, which does not see the reward: a row a problem.
 
+    first: the number of the first problem.
     A row has the tokens of its prompt, what the search ran behind it (`total`), and `completions`:
     (what had been run before this one was finished, is it right?).
     """
@@ -174,7 +189,7 @@ def search_rows(setting, problems, value_function, tau, seed):
     # of a search that stops at M.  So one search serves all budgets.
     options = setting.options(prompts, K=2 * nodes, max_nodes=nodes + 1, tau=tau, width=1)
     expander = astar_search.Expander(setting.model, prompts, setting.max_new_tokens, value_function)
-    keys = astar_search.root_keys(seed, 0, range(len(problems)))
+    keys = astar_search.root_keys(seed, 0, range(first, first + len(problems)))
     trees = astar_search.search(keys, expander, options, CountingTree)
     is_right = setting.right_leaf_test(problems, prompts)
     rows = []
@@ -187,14 +202,14 @@ def search_rows(setting, problems, value_function, tau, seed):
     return rows
 
 
-def sample_rows(setting, problems, seed):
+def sample_rows(setting, problems, seed, first=0):
     """DRAWS samples of every problem, in a random order: a row a problem, as in search_rows.
 
     Samples that begin alike share the nodes of their common prefix, which are run once.
     """
-    trees, expander = setting.draw(problems, DRAWS, seed)
+    trees, expander = setting.draw(problems, DRAWS, seed, first)
     is_right = setting.right_leaf_test(problems, expander.prompts)
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed} {first}")
     rows = []
     for tree, prompt in zip(trees, expander.prompts):
         chains = [leaf for leaf in tree.leaves for _ in range(leaf.count)]
@@ -226,7 +241,7 @@ def right_within(row, budget):
     return int(any(right and before < budget for before, right in row["completions"]))
 
 
-def fit_head(setting, problems, n, seed, steps=1500):
+def fit_head(setting, problems, n, seed, steps=500):
     """A value head fitted to n samples of each of these problems.  Returns (head, model tokens)."""
     trees, expander = setting.draw(problems, n, seed)
     is_right = setting.right_leaf_test(problems, expander.prompts)
@@ -310,7 +325,7 @@ def fixed(args):
     compare.write(args.results, row)
 
     start = time.process_time()
-    sampled = sample_rows(setting, problems, args.seed)
+    sampled = in_chunks(sample_rows, setting, problems, args.seed)
     report("samples", sampled, sampled, args, time.process_time() - start)
     start = time.process_time()
     train_problems = data.read_problems(f"{args.model}/train.jsonl")[: args.fit_problems]
@@ -323,8 +338,148 @@ def fixed(args):
         ("Gumbel A*, h = 0", None, 1.0),
     ):
         start = time.process_time()
-        rows = search_rows(setting, problems, value_function, tau, args.seed)
+        rows = in_chunks(search_rows, setting, problems, value_function, tau, args.seed)
         report(name, rows, sampled, args, time.process_time() - start)
+
+
+# ---------------------------------------------------------------------------------------- Training
+
+COMMON = (
+    "--stop \\n --max-new-tokens 8 --problems-per-iteration 32 --epochs 2 --minibatches 2 "
+    "--freeze-blocks 10 --warmup 1 --eval-every 5 --eval-problems 100 --checkpoint-every 1000 "
+    "--device cpu"
+)
+SAMPLE = "--rollout sample --rollouts-per-problem 4"
+ARMS = {
+    "astar_em": "--guide none --loss em --rollouts-per-problem 4 --max-nodes 64",
+    "sample_em": f"{SAMPLE} --loss em",
+    "sample_grpo": f"{SAMPLE} --loss grpo",
+}
+
+
+def train_once(args, arm, rate, seed):
+    """One run of train.py in a process of its own, with one thread.  Keeps its metrics and config.
+
+    The checkpoint, 2 GB, is removed.  Raises RuntimeError if the run fails.
+    """
+    name = f"{arm}_{rate}_{args.iterations}_seed{seed}"
+    folder = ROOT / "runs" / "real_model" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    flags = f"{COMMON} {ARMS[arm]} --learning-rate {rate} --iterations {args.iterations}"
+    command = [sys.executable, "train.py", *flags.split(), "--seed", str(seed), "--overwrite"]
+    command += ["--model", args.model, "--output-dir", str(folder.relative_to(ROOT))]
+    for part in ("train", "eval"):
+        command += [f"--{part}-file", f"{args.model}/{part}.jsonl"]
+    command += ["--reward", "experiments/real_model_reward.py:reward", *args.flags.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(f"{folder}.log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+    if status != 0:
+        raise RuntimeError(f"train.py failed, see {folder}.log")
+    kept = compare.RESULTS / "real_model" / name
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("metrics.jsonl", "config.json"):
+        shutil.copy(folder / file, kept)
+    for checkpoint in folder.glob("checkpoint_iter_*"):
+        shutil.rmtree(checkpoint)
+    row = {
+        "command": "train",
+        "arm": arm,
+        "learning_rate": rate,
+        "seed": seed,
+        "iterations": args.iterations,
+        "flags": f"{flags} {args.flags}".strip(),
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "curve": compare.curve(compare.rows(kept / "metrics.jsonl")),
+    }
+    compare.write(args.results, row)
+    accuracies = " ".join(f"{point['eval_accuracy']:.2f}" for point in row["curve"])
+    tokens = row["curve"][-1]["model_tokens"]
+    print(f"{name}: {accuracies}; {tokens:,} tokens, {row['cpu_seconds']:.0f} s", flush=True)
+
+
+def train(args):
+    """The sub-command train: one run after the other."""
+    for seed in args.seeds:
+        for arm in args.arms:
+            for rate in args.rates:
+                train_once(args, arm, rate, seed)
+
+
+# -------------------------------------------------------------------------------------------- Cost
+
+
+def cost(args):
+    """The sub-command cost: processor seconds of one iteration by phase, and of others' code."""
+    model, tokenizer = policy.load_policy(args.model)
+    setting = Setting(model, tokenizer, reward_module.load_reward(REWARD))
+    problems = data.read_problems(f"{args.model}/train.jsonl")[: args.problems]
+    prompts = evaluation.encode_prompts(tokenizer, problems)
+    right = setting.right_leaf_test(problems, prompts)
+    phases = {
+        "model": [(astar_search.Expander, "run_model")],
+        "output layer": [(astar_search.Expander, "__call__")],  # less the model
+        "children": [(astar_search, "top_children_fast")],
+    }
+    start = time.process_time()
+    with speed.profiled(phases) as seconds:
+        expander = astar_search.Expander(model, prompts, setting.max_new_tokens)
+        options = setting.options(prompts, K=4, tau=0.0, width=2, max_nodes=64, until=right)
+        keys = astar_search.root_keys(args.seed, 0, range(len(problems)))
+        trees = astar_search.search(keys, expander, options)
+    whole = time.process_time() - start
+    tokens = sum(expander.spent)
+    row = {"command": "cost", "problems": len(problems), "seed": args.seed, "tokens": tokens}
+    row["forwards"] = expander.forwards
+    row["search"] = whole
+    row.update({f"search: {phase}": number for phase, number in seconds.items()})
+    row["search: host"] = whole - sum(seconds.values())
+
+    row["generate"], row["generate_tokens"] = time_generate(model, tokenizer, prompts, tokens)
+    rollouts = astar_search.collect(trees, expander)
+    rows = torch.tensor([right(leaf) for tree in trees for leaf in tree.leaves]).nonzero()[:, 0]
+    row["right_leaves"] = len(rows)
+    row.update(time_update(model, rollouts.select(rows)))
+    for name, number in row.items():
+        print(f"{name:28s} {number}")
+    compare.write(args.results, row)
+
+
+def time_generate(model, tokenizer, prompts, tokens):
+    """(seconds, model tokens) of model.generate: one sample a prompt, about as many tokens."""
+    longest = max(len(prompt) for prompt in prompts)
+    pad = tokenizer.pad_token_id
+    inputs = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    new = round((tokens - sum(len(prompt) for prompt in prompts)) / len(prompts))
+    start = time.process_time()
+    model.generate(
+        inputs,
+        attention_mask=(inputs != pad).long(),
+        do_sample=True,
+        min_new_tokens=new + 1,  # the last one is not run
+        max_new_tokens=new + 1,
+        pad_token_id=pad,
+    )
+    return time.process_time() - start, inputs.numel() + new * len(prompts)
+
+
+def time_update(model, rollouts):
+    """Seconds of one epoch of one minibatch: forward and backward pass, clipping, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+    seconds = {}
+    for _ in range(2):  # the first makes the optimizer's moments, and is not reported
+        start = time.process_time()
+        log_prob, _, _ = policy.score(model, rollouts.tokens, rollouts.mask)
+        (-log_prob.sum()).backward()
+        middle = time.process_time()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds["update: forward, backward"] = middle - start
+        seconds["update: step"] = time.process_time() - middle
+    seconds["update: tokens"] = int(rollouts.length.sum())
+    return seconds
 
 
 # ------------------------------------------------------------------------------------ Command line
@@ -345,6 +500,21 @@ def main(argv=None):
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--results", default="real_model", help="name in experiments/results")
     command.set_defaults(function=fixed, task="examples")
+    command = commands.add_parser("train", help="runs of train.py, one after the other")
+    command.add_argument("--model", default="runs/smollm2")
+    command.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    command.add_argument("--rates", nargs="+", default=["2e-5"], help="learning rates")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0])
+    command.add_argument("--iterations", type=int, default=20)
+    command.add_argument("--flags", default="", help="more flags of train.py")
+    command.add_argument("--results", default="real_model", help="name in experiments/results")
+    command.set_defaults(function=train)
+    command = commands.add_parser("cost", help="processor seconds by phase")
+    command.add_argument("--model", default="runs/smollm2")
+    command.add_argument("--problems", type=int, default=32)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--results", default="real_model", help="name in experiments/results")
+    command.set_defaults(function=cost)
     args = parser.parse_args(argv)
     args.function(args)
 
