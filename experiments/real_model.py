@@ -45,8 +45,6 @@ REWARD = str(ROOT / "experiments/real_model_reward.py:reward")
 HELD_OUT = 200  # pairs that belong to evaluation
 EXAMPLES = 1  # worked examples before a question
 TRAIN_LINES = 4000
-BUDGETS = (8, 16, 32, 64)  # model tokens behind the prompt, of one problem
-DRAWS = 96  # samples of a problem; as many of them count as a budget allows
 CHUNK = 50  # problems in lock-step: 50 x 96 samples x 49,152 tokens take 1 GB
 BETA = 0.2  # temperature of h
 
@@ -125,13 +123,19 @@ def make(args):
 
 @dataclass
 class Setting:
-    """A model and a task."""
+    """A model and a task.
+
+    budgets: model tokens behind the prompt that a method may spend on a problem.
+    draws: samples of a problem; as many of them count as a budget allows.
+    """
 
     model: object
     tokenizer: object
     reward: object
     stop: tuple = ("\n",)
     max_new_tokens: int = 8
+    budgets: tuple = (8, 16, 32, 64)
+    draws: int = 96
 
     def options(self, prompts, **more):
         """astar_search.Options for these prompts."""
@@ -184,7 +188,7 @@ def search_rows(setting, problems, value_function, tau, seed, first=0):
     (what had been run before this one was finished, is it right?).
     """
     prompts = evaluation.encode_prompts(setting.tokenizer, problems)
-    nodes = max(BUDGETS)
+    nodes = max(setting.budgets)
     # Width 1: the search runs only what it pops, and the first M nodes of a longer search are those
     # of a search that stops at M.  So one search serves all budgets.
     options = setting.options(prompts, K=2 * nodes, max_nodes=nodes + 1, tau=tau, width=1)
@@ -203,11 +207,11 @@ def search_rows(setting, problems, value_function, tau, seed, first=0):
 
 
 def sample_rows(setting, problems, seed, first=0):
-    """DRAWS samples of every problem, in a random order: a row a problem, as in search_rows.
+    """Samples of every problem, in a random order: a row a problem, as in search_rows.
 
     Samples that begin alike share the nodes of their common prefix, which are run once.
     """
-    trees, expander = setting.draw(problems, DRAWS, seed, first)
+    trees, expander = setting.draw(problems, setting.draws, seed, first)
     is_right = setting.right_leaf_test(problems, expander.prompts)
     rng = random.Random(f"{seed} {first}")
     rows = []
@@ -261,7 +265,7 @@ def fit_head(setting, problems, n, seed, steps=500):
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
         rows = torch.randint(len(right), (1024,))
         _, u_logit = head(hidden[rows])
-        # The reward has two values, so target(r) is 1 for a right completion and 0 for a wrong one.
+        # target(r) is 1 for a right completion and 0 for a wrong one (but for the format's bonus).
         loss = F.mse_loss(torch.sigmoid(u_logit), right[rows])
         optimizer.zero_grad()
         loss.backward()
@@ -269,9 +273,9 @@ def fit_head(setting, problems, n, seed, steps=500):
     return head, sum(expander.spent)
 
 
-def report(name, rows, sampled, args, seconds):
+def report(name, rows, sampled, budgets, args, seconds):
     """Print and write a line for each budget; `sampled`: the rows of sampling to compare with."""
-    for budget in BUDGETS:
+    for budget in budgets:
         found = [right_within(row, budget) for row in rows]
         base = [right_within(row, budget) for row in sampled]
         more = sum(a > b for a, b in zip(found, base))
@@ -300,11 +304,49 @@ def report(name, rows, sampled, args, seconds):
         compare.write(args.results, line)
 
 
+def tinyzero_problems(pairs, seed):
+    """Problems in TinyZero's words and tags, each after a worked one of a train pair.
+
+    Without the worked one none of 48 samples was well-formed.
+    """
+    train_pairs, _ = split_pairs()
+    rng = random.Random(f"tinyzero {seed}")
+    problems = []
+    for a, b in pairs:
+        c, d = rng.choice([pair for pair in train_pairs if pair != (a, b)])
+        worked = f"<think>{c} * {d} = {c * d}</think> <answer>{c * d}</answer>\n"
+        # The line about the conversation comes once.
+        question = data.TINYZERO.format(a=a, b=b).split("\n", 1)[1]
+        prompt = data.TINYZERO.format(a=c, b=d) + worked + question
+        problems.append(data.Problem(prompt, a * b, prefill="<think>"))
+    return problems
+
+
+def set_task(args, model, tokenizer):
+    """(Setting, problems to measure on, problems to fit the head to) of --task."""
+    if args.task == "tinyzero":
+        train_pairs, held_out = split_pairs()
+        setting = Setting(
+            model,
+            tokenizer,
+            reward_module.Reward(),
+            stop=data.STOP_TEXTS["tinyzero"],
+            max_new_tokens=40,
+            budgets=(32, 64, 128),
+            draws=24,
+        )
+        problems = tinyzero_problems(held_out[: args.problems], "held out")
+        return setting, problems, tinyzero_problems(train_pairs[: args.fit_problems], "train")
+    setting = Setting(model, tokenizer, reward_module.load_reward(REWARD))
+    problems = data.read_problems(f"{args.model}/eval.jsonl")[: args.problems]
+    train_problems = data.read_problems(f"{args.model}/train.jsonl")[: args.fit_problems]
+    return setting, problems, train_problems
+
+
 def fixed(args):
     """The sub-command fixed: search and samples of one model, at equal model tokens."""
     model, tokenizer = policy.load_policy(args.model)
-    setting = Setting(model, tokenizer, reward_module.load_reward(REWARD))
-    problems = data.read_problems(f"{args.model}/eval.jsonl")[: args.problems]
+    setting, problems, train_problems = set_task(args, model, tokenizer)
     ranks = fsdp.Ranks(0, 1, torch.device("cpu"))
     result, _ = evaluation.evaluate(
         model,
@@ -326,9 +368,8 @@ def fixed(args):
 
     start = time.process_time()
     sampled = in_chunks(sample_rows, setting, problems, args.seed)
-    report("samples", sampled, sampled, args, time.process_time() - start)
+    report("samples", sampled, sampled, setting.budgets, args, time.process_time() - start)
     start = time.process_time()
-    train_problems = data.read_problems(f"{args.model}/train.jsonl")[: args.fit_problems]
     head, tokens = fit_head(setting, train_problems, 8, args.seed)
     print(f"head: {tokens:,} tokens, {time.process_time() - start:.0f} s", flush=True)
     guide = evaluation.value_function(head, setting.reward.bounds, BETA)
@@ -339,7 +380,7 @@ def fixed(args):
     ):
         start = time.process_time()
         rows = in_chunks(search_rows, setting, problems, value_function, tau, args.seed)
-        report(name, rows, sampled, args, time.process_time() - start)
+        report(name, rows, sampled, setting.budgets, args, time.process_time() - start)
 
 
 # ---------------------------------------------------------------------------------------- Training
@@ -495,11 +536,12 @@ def main(argv=None):
     command.set_defaults(function=make)
     command = commands.add_parser("fixed", help="search against sampling, without training")
     command.add_argument("--model", default="runs/smollm2")
+    command.add_argument("--task", choices=("examples", "tinyzero"), default="examples")
     command.add_argument("--problems", type=int, default=200)
     command.add_argument("--fit-problems", type=int, default=256, help="the head's, 8 samples each")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--results", default="real_model", help="name in experiments/results")
-    command.set_defaults(function=fixed, task="examples")
+    command.set_defaults(function=fixed)
     command = commands.add_parser("train", help="runs of train.py, one after the other")
     command.add_argument("--model", default="runs/smollm2")
     command.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)

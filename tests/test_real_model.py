@@ -123,10 +123,10 @@ def test_samples_pay_for_what_they_run(folder, setting):
     """All draws together cost what the expander ran, and a sample that was begun is finished."""
     problems = data.read_problems(folder / "eval.jsonl")[:2]
     rows = real.sample_rows(setting, problems, 0)
-    _, expander = setting.draw(problems, real.DRAWS, 0)
+    _, expander = setting.draw(problems, setting.draws, 0)
     for row, tokens in zip(rows, expander.spent):
         assert row["prompt"] + row["ends"][-1] == tokens
-        assert len(row["completions"]) == real.DRAWS
+        assert len(row["completions"]) == setting.draws
         before = [0, *row["ends"][:-1]]
         assert [start for start, _ in row["completions"]] == before
         assert real.spent(row, 1) == row["ends"][0]
@@ -152,7 +152,7 @@ def test_fixed_runs(folder, monkeypatch, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     methods = {"greedy", "samples", "A*, h = 0", "A*, fitted head", "Gumbel A*, h = 0"}
     assert {row["method"] for row in rows} == methods
-    assert len(rows) == 1 + 4 * len(real.BUDGETS)
+    assert len(rows) == 1 + 4 * len(real.Setting.budgets)
     for row in rows:
         low, high = row["interval"]
         assert low <= row["found"] <= high
