@@ -21,6 +21,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -482,6 +483,8 @@ def cost(args):
     rows = torch.tensor([right(leaf) for tree in trees for leaf in tree.leaves]).nonzero()[:, 0]
     row["right_leaves"] = len(rows)
     row.update(time_update(model, rollouts.select(rows)))
+    if args.trl:
+        row["TRL, a step"] = time_trl(model, tokenizer, problems, args.seed)
     for name, number in row.items():
         print(f"{name:28s} {number}")
     compare.write(args.results, row)
@@ -523,6 +526,57 @@ def time_update(model, rollouts):
     return seconds
 
 
+def time_trl(model, tokenizer, problems, seed):
+    """Seconds of a step of TRL's GRPOTrainer: 4 samples of each problem, one optimiser step.
+
+    The mean of two steps; the one before them, which makes the optimizer's moments, is left out.
+    """
+    from datasets import Dataset  # no other sub-command needs these packages
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class StepEnds(TrainerCallback):
+        """Notes the processor time at the end of each step."""
+
+        seconds = []
+
+        def on_step_end(self, *_, **__):
+            self.seconds.append(time.process_time())
+
+    def right(prompts, completions, answer, **_):
+        return [1.0 if text.strip() == str(a) else -1.0 for text, a in zip(completions, answer)]
+
+    (new_line,) = astar_search.tokens_of(tokenizer, "\n")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(new_line)  # TRL knows no stop text
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        learning_rate=1e-9,
+        seed=seed,
+        max_steps=3,
+        per_device_train_batch_size=4 * len(problems),
+        num_generations=4,
+        max_completion_length=8,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        gradient_checkpointing=False,
+    )
+    rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in 3 * problems]
+    trainer = GRPOTrainer(
+        model,
+        right,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[StepEnds()],
+    )
+    trainer.train()
+    first, _, last = StepEnds.seconds
+    return (last - first) / 2
+
+
 # ------------------------------------------------------------------------------------ Command line
 
 
@@ -556,6 +610,7 @@ def main(argv=None):
     command.add_argument("--problems", type=int, default=32)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--results", default="real_model", help="name in experiments/results")
+    command.add_argument("--trl", action="store_true", help="TRL's GRPOTrainer too")
     command.set_defaults(function=cost)
     args = parser.parse_args(argv)
     args.function(args)
