@@ -387,13 +387,13 @@ def fixed(args):
 # ---------------------------------------------------------------------------------------- Training
 
 COMMON = (
-    "--stop \\n --max-new-tokens 8 --epochs 2 --minibatches 2 --freeze-blocks 10 --warmup 1 "
+    "--stop \\n --max-new-tokens 8 --epochs 2 --minibatches 1 --freeze-blocks 10 --warmup 1 "
     "--eval-every 5 --eval-problems 100 --checkpoint-every 1000 --device cpu"
 )
-SAMPLE = "--rollout sample --problems-per-iteration 32 --rollouts-per-problem 4"
-# About as many model tokens an iteration in each arm, and 4 optimiser steps.
+SAMPLE = "--rollout sample --problems-per-iteration 64 --rollouts-per-problem 4"
+# About as many model tokens an iteration in each arm, and 2 optimiser steps.
 ARMS = {
-    "astar_em": "--problems-per-iteration 16 --guide none --loss em --max-nodes 64",
+    "astar_em": "--problems-per-iteration 32 --guide none --loss em --max-nodes 64",
     "sample_em": f"{SAMPLE} --loss em",
     "sample_grpo": f"{SAMPLE} --loss grpo",
 }
