@@ -36,10 +36,9 @@ LAUNCH = 5e-6  # seconds of the host for each kernel that it launches
 PROMPT = 143  # tokens, as examples/memory.py has it
 COMPLETION = 400  # tokens of a mean completion: a guess
 WITH_WEIGHT = 0.5  # share of the leaves that have weight in the policy loss: a guess
-# Nodes of a round for each problem of the batch.  Measured on the tiny base, 32 problems at tau = 1
-# and h = 0: 16 nodes at --width 1, 18 at 2, 20 at 8.  The best child of a popped node has its
-# parent's G, so it is the head of the queue again: a search advances by one token a round, whatever
-# its width.  And some searches end before the last one does.
+# Nodes of a round for each problem of the batch and each path.  Measured on the tiny base, 32
+# problems at tau = 1 and h = 0: 19 nodes at --width 1, because some searches end before the last one
+# does.  (24 at width 2 and 33 at 8, so not every search has eight paths.)
 BUSY = 0.55
 
 # Seconds of Python and small tensors for each node, outside of the model.  Measured on the tiny
