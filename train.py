@@ -203,6 +203,7 @@ GUMBEL_LEAVES = {
 # right leaf is its probability: small at the start.
 PPO = GUMBEL_LEAVES | {
     "loss": "ppo",
+    "width": 4,
     "problems_per_iteration": 256,
     "minibatches": 4,
     "epochs": 1,
@@ -227,7 +228,6 @@ PRESETS = {
         "output_dir": "runs/training",
         "max_new_tokens": 1024,
         "max_nodes": 16384,
-        "width": 8,
         "iterations": 200,
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-4,
@@ -237,6 +237,7 @@ PRESETS = {
         "mixed_precision": "bf16",
         "problems_per_iteration": 128,
         "rollout_batch": 32,
+        "width": 8,
         "cover": 0.9,
     },
 }

@@ -28,7 +28,8 @@ RESULTS = ROOT / "experiments" / "results"
 # 64 problems an iteration and 4 optimiser steps for every method.
 COMMON = (
     "--config ppo --problems-per-iteration 64 --minibatches 2 --epochs 2 --warmup 4 "
-    "--eval-every 10 --eval-problems 500 --checkpoint-every 1000 --keep-checkpoints 1 --samples 0"
+    "--eval-every 10 --eval-problems 500 --checkpoint-every 1000 --keep-checkpoints 1 --samples 0 "
+    "--width 2"
 )
 QUICK = COMMON.replace("--warmup 4 --eval-every 10", "--warmup 1 --eval-every 6")
 FIND = "--until-right on --cover 0.95 --rollouts-per-problem 16"  # draws, until one is right

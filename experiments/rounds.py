@@ -7,7 +7,8 @@
 
 Two searches, as the presets make them: `quick` (tau 0, until a leaf is right) and `ppo` (tau 1).
 64 problems in lock-step, the first of seed 0; the widths in turn, in CPU seconds of one thread, the
-least of the repeats.  A row a figure is added to experiments/results/rounds.jsonl:
+least of the repeats.  A row a figure is added to experiments/results/rounds.jsonl, `before` and
+`after` in turn; the least seconds of the rows of one setting count:
 
 rounds: forwards of the batch, the most that any of its problems needs.  rounds_alone: the mean over
 the problems, each searched by itself.  nodes_a_round: model tokens but for the prompts, a forward.
