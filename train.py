@@ -228,6 +228,7 @@ PRESETS = {
         "output_dir": "runs/training",
         "max_new_tokens": 1024,
         "max_nodes": 16384,
+        "width": 8,
         "iterations": 200,
         "learning_rate": 1e-6,
         "value_learning_rate": 1e-4,
@@ -237,7 +238,6 @@ PRESETS = {
         "mixed_precision": "bf16",
         "problems_per_iteration": 128,
         "rollout_batch": 32,
-        "width": 8,
         "cover": 0.9,
     },
 }

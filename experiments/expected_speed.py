@@ -9,10 +9,10 @@ of examples/qwen2.5-3b/config.json.  What is assumed stands at the top, to be ch
 A model token is a node of a search: one token, run once.  A round runs the model on new nodes of
 all problems in lock-step.  The columns of the table, each with the changes of those before it:
 
-    as it was       K/V are gathered, and then copied once a query head; every leaf is trained
-    packed          K/V are read where they are; only leaves with weight in the loss are trained
-    8 paths         each search runs eight nodes a round instead of one
-    CUDA graphs     a round is launched as a whole
+    before          K/V are gathered, and then copied once a query head; --width 2, whose search
+                    looked one node ahead
+    now             query heads share the gathered K/V; --width 8, whose search runs ahead
+    CUDA graphs     a round is launched as a whole: this is not in the code
 """
 
 import json
@@ -35,11 +35,10 @@ LAUNCH = 5e-6  # seconds of the host for each kernel that it launches
 
 PROMPT = 143  # tokens, as examples/memory.py has it
 COMPLETION = 400  # tokens of a mean completion: a guess
-WITH_WEIGHT = 0.5  # share of the leaves that have weight in the policy loss: a guess
-# Nodes of a round for each problem of the batch and each path.  Measured on the tiny base, 32
-# problems at tau = 1 and h = 0: 19 nodes at --width 1, because some searches end before the last one
-# does.  (24 at width 2 and 33 at 8, so not every search has eight paths.)
-BUSY = 0.55
+# Nodes of a round for each problem of the batch: some searches end before the last one does.
+# Measured by experiments/rounds.py on a trained tiny base, 64 problems at tau = 1 and h = 0.
+BUSY_BEFORE = 0.55
+BUSY_NOW = 0.9
 
 # Seconds of Python and small tensors for each node, outside of the model.  Measured on the tiny
 # base at 32 nodes a round: 50 to 56 microseconds.
@@ -62,26 +61,25 @@ class Case:
     """A column of the table."""
 
     name: str
-    paths: int  # nodes of a search in a round
+    busy: float  # nodes of a round for each problem of the batch
     kv_bytes: float  # moved for each token that a node attends to, in one layer
-    share: float  # of the leaves that is trained
     graphs: bool  # is a round launched as a whole?
 
 
 def make_cases(config):
-    """The four columns.  config: of the model."""
+    """The columns.  config: of the model."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_size = config["hidden_size"] // heads
     kv = 2 * kv_heads * head_size * 2  # bytes of K and V in bf16: 1 kB
     copied = kv * heads // kv_heads  # the same once a query head
-    # Gathering reads and writes K/V; repeating reads them and writes the copies; attention reads
-    # the copies, and half a kB of mask and padding.
+    # Gathering reads and writes K/V.  Repeating reads them and writes the copies.  Attention reads
+    # what it is given, and half a kB of mask and padding.
     repeated = 2 * kv + kv + copied + copied + kv / 2
+    shared = 2 * kv + kv + kv / 2
     return [
-        Case("as it was", paths=1, kv_bytes=repeated, share=1.0, graphs=False),
-        Case("packed", paths=1, kv_bytes=kv, share=WITH_WEIGHT, graphs=False),
-        Case("8 paths", paths=8, kv_bytes=kv, share=WITH_WEIGHT, graphs=False),
-        Case("CUDA graphs", paths=8, kv_bytes=kv, share=WITH_WEIGHT, graphs=True),
+        Case("before", busy=BUSY_BEFORE, kv_bytes=repeated, graphs=False),
+        Case("now", busy=BUSY_NOW, kv_bytes=shared, graphs=False),
+        Case("CUDA graphs", busy=BUSY_NOW, kv_bytes=shared, graphs=True),
     ]
 
 
@@ -102,7 +100,7 @@ def expected(case, config, preset):
     leaves = preset["rollouts_per_problem"] * problems
 
     # ------------------------------------------------------------------------------------- A round
-    nodes = BUSY * preset["rollout_batch"] * case.paths
+    nodes = case.busy * preset["rollout_batch"]
     depth = PROMPT + COMPLETION / 2  # tokens that a node attends to, on average
     # The output layer is the embeddings, so one reading of the weights is all of it.  The matrices
     # are read while they are multiplied: the longer of the two counts.
@@ -120,7 +118,8 @@ def expected(case, config, preset):
 
     # -------------------------------------------------------------------------------- An iteration
     rollouts = leaves * COMPLETION / (nodes / seconds)
-    tokens = case.share * leaves * (PROMPT + COMPLETION)
+    # Under ppo nearly every leaf teaches the policy, so all are trained.
+    tokens = leaves * (PROMPT + COMPLETION)
     # bf16: pi_old is computed again by a forward.  The update is forward and backward, 6 operations
     # for each parameter and token, and 2 to recompute the activations.
     rescoring = 2 * parameters * tokens / FLOPS

@@ -20,10 +20,10 @@ def config():
 def test_the_speed_by_hand(config):
     """20 problems, 11 nodes a round.  Guards against a factor lost, and bytes taken for numbers."""
     assert expected_speed.count_parameters(config) == 3_085_938_688
-    as_it_was, packed, *_ = expected_speed.make_cases(config)
-    assert as_it_was.kv_bytes == 19.5 * 1024
-    assert packed.kv_bytes == 1024
-    column = expected_speed.expected(as_it_was, config, PRESET)
+    before, now, _ = expected_speed.make_cases(config)
+    assert before.kv_bytes == 19.5 * 1024
+    assert now.kv_bytes == 3.5 * 1024
+    column = expected_speed.expected(before, config, PRESET)
     assert column["nodes a round"] == "11"
     assert column["weights, ms"] == "1.8"  # 6.17 GB / 3.35 TB/s
     assert column["K/V, ms"] == "0.8"  # 11 nodes * 343 tokens * 36 layers * 20 kB / 3.35 TB/s
@@ -32,7 +32,7 @@ def test_the_speed_by_hand(config):
     assert column["model tokens a second"] == "1,193"  # 11 / 9.22 ms
     assert column["rollouts, s"] == "268"  # 800 leaves * 400 tokens / 1,193
     assert column["update, s"] == "27"  # 8 * 3.09e9 * 800 * 543 tokens / 396 TFLOP/s
-    assert expected_speed.expected(packed, config, PRESET)["update, s"] == "14"
+    assert expected_speed.expected(now, config, PRESET)["update, s"] == "27"
 
 
 def test_the_table_of_the_page_is_what_the_script_prints(capsys):
