@@ -281,7 +281,6 @@ def score(model, tokens, mask, max_logits=2**24):
     Returns
         log_prob (B, T-1): log pi of each token, float32, zero off the mask.
         entropy (B, T-1): of the distribution that each token came from, float32, zero off the mask.
-        hidden (B, T-1, D): last hidden state of the prefix before each token, for the value head.
 
     The output layer runs only where the mask is True, in chunks of at most max_logits logits.  If
     there are several, each is computed again in the backward pass, and its logits are not kept.
@@ -323,7 +322,7 @@ def score(model, tokens, mask, max_logits=2**24):
     zeros = torch.zeros(B, T - 1, device=tokens.device)
     log_prob = zeros.masked_scatter(mask, torch.cat(log_probs))
     entropy = zeros.masked_scatter(mask, torch.cat(entropies))
-    return log_prob, entropy, hidden
+    return log_prob, entropy
 
 
 def score_chunk(lm_head, hidden, targets):
@@ -517,7 +516,7 @@ def demo_score():
     model = Qwen2ForCausalLM(config)
     tokens = torch.randint(40, (3, 9))
     mask = torch.arange(8).expand(3, 8) >= 3  # a prompt of four tokens
-    log_prob, entropy, _ = score(model, tokens, mask, max_logits=80)  # two tokens a chunk
+    log_prob, entropy = score(model, tokens, mask, max_logits=80)  # two tokens a chunk
 
     full = F.log_softmax(model(tokens).logits[:, :-1], dim=-1)  # (B, T-1, V)
     full_log_prob = full.gather(2, tokens[:, 1:, None]).squeeze(2) * mask

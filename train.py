@@ -381,7 +381,7 @@ def main(argv=None):
                     # The policy runs only the completions that have a gradient.
                     teaching = rows[rollouts.extra["teaches"][rows]]
                     for part in parts_of(rollouts, teaching, config, ranks):
-                        log_prob, entropy, _ = run.score(part.tokens, part.mask)
+                        log_prob, entropy = run.score(part.tokens, part.mask)
                         # A leaf counts by its weight and by its tokens: (B, T-1).
                         weight = part.extra["leaf_weight"][:, None] * part.mask
                         if config.loss == "apo":
@@ -596,7 +596,7 @@ def score_rollouts(model, rollouts, indices, config, iteration, device):
         teaching = minibatch[rollouts.extra["teaches"][minibatch]]
         for rows in split_by_length(teaching, rollouts.length, config.micro_batch):
             part = rollouts.select(rows, device)
-            log_prob, _, _ = policy.score(model, part.tokens, part.mask)
+            log_prob, _ = policy.score(model, part.tokens, part.mask)
             log_probs[rows, : log_prob.shape[1]] = log_prob.cpu()
     return log_probs
 

@@ -87,8 +87,8 @@ def hidden_of(model, rollouts, columns):
     """The model's last hidden state at columns (B, L) of each rollout: (B, L, D)."""
     parts = []
     for rows in torch.arange(len(rollouts)).split(512):
-        _, _, hidden = policy.score(model, rollouts.tokens[rows], rollouts.mask[rows])
-        parts.append(hidden)
+        inputs = rollouts.tokens[rows, :-1]  # padded on the right, so causal attention is enough
+        parts.append(model.base_model(inputs, use_cache=False).last_hidden_state)
     hidden = torch.cat(parts)
     return hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[-1]))
 
@@ -188,7 +188,7 @@ def fit_critic(model, samples, epochs=6, batch=64, rate=3e-4):
 
     def loss_of(rows):
         part = rollouts.select(rows)
-        _, _, hidden = policy.score(critic.model, part.tokens, part.mask)
+        hidden = critic.model.base_model(part.tokens[:, :-1], use_cache=False).last_hidden_state
         _, u_logit = critic(hidden)
         return F.binary_cross_entropy_with_logits(
             u_logit, targets[rows, None].expand_as(u_logit), weight=part.mask.float()

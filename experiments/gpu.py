@@ -355,7 +355,7 @@ def search_against_score(model):
     trees = astar_search.search(astar_search.root_keys(3, 0, range(3)), expander, options)
     rollouts = astar_search.collect(trees, expander)
     with torch.no_grad():
-        log_prob, _, _ = policy.score(
+        log_prob, _ = policy.score(
             model, rollouts.tokens.to(model.device), rollouts.mask.to(model.device)
         )
     return (log_prob.cpu() - rollouts.log_probs)[rollouts.mask].abs().max().item()
@@ -455,7 +455,7 @@ def gradient(model, head, rollouts, config, device):
     totals = train.minibatch_totals(rollouts, rows, fsdp.Ranks(0, 1, device))
     part = rollouts.select(rows, device)
     if config.loss == "apo":
-        log_prob, _, _ = policy.score(model, part.tokens, part.mask)
+        log_prob, _ = policy.score(model, part.tokens, part.mask)
         loss, _ = policy.apo_loss(
             log_prob=log_prob,
             ref_log_prob=part.log_probs,
@@ -815,7 +815,7 @@ def update(report):
 
 def loss_of_micro_batch(score, tokens, mask):
     """The loss of ppo with advantages of 1."""
-    log_prob, entropy, _ = score(tokens, mask)
+    log_prob, entropy = score(tokens, mask)
     ones = mask.float()
     token_weights = ones / ones.sum()
     policy_loss, _ = policy.ppo_loss(

@@ -272,7 +272,7 @@ def largest_error(model, context):
         expander = astar_search.Expander(model, prompts, 6)
         trees = astar_search.sample(keys, expander, options, greedy=greedy)
         rollouts = astar_search.collect(trees, expander)
-        scored, _, _ = policy.score(model, rollouts.tokens, rollouts.mask)
+        scored, _ = policy.score(model, rollouts.tokens, rollouts.mask)
         for row in range(len(rollouts)):
             tokens = rollouts.tokens[row, : rollouts.length[row]]
             logits = model(tokens[None]).logits[0, :-1].float()

@@ -514,7 +514,7 @@ def time_update(model, rollouts):
     seconds = {}
     for _ in range(2):  # the first makes the optimizer's moments, and is not reported
         start = time.process_time()
-        log_prob, _, _ = policy.score(model, rollouts.tokens, rollouts.mask)
+        log_prob, _ = policy.score(model, rollouts.tokens, rollouts.mask)
         (-log_prob.sum()).backward()
         middle = time.process_time()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

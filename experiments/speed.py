@@ -579,7 +579,7 @@ def memory_of_update(side):
 
     def backward():
         if side == "score":
-            log_prob, entropy, _ = policy.score(model, tokens, mask)
+            log_prob, entropy = policy.score(model, tokens, mask)
         else:
             full = model(tokens[:, :-1]).logits.float().log_softmax(-1)
             log_prob = full.gather(2, tokens[:, 1:, None])[..., 0]

@@ -49,7 +49,7 @@ def columns_of(rollouts, verdicts, reward, config):
 
 def policy_loss_of(model, part, config, totals):
     """(policy loss, metrics) of one micro-batch: terms of sums over the minibatch.  Not for apo."""
-    log_prob, entropy, _ = policy.score(model, part.tokens, part.mask)
+    log_prob, entropy = policy.score(model, part.tokens, part.mask)
     weight = part.extra["leaf_weight"][:, None] * part.mask
     policy_loss, metrics = policy.ppo_loss(
         log_prob=log_prob,

@@ -200,7 +200,7 @@ def test_score_equals_the_rollouts_own_log_probs(kind):
     model = small_model(kind)
     trees, expander = run(model)
     rollouts = collect(trees, expander)
-    log_prob, _, _ = policy.score(model, rollouts.tokens, rollouts.mask)
+    log_prob, _ = policy.score(model, rollouts.tokens, rollouts.mask)
     assert torch.allclose(log_prob, rollouts.log_probs, atol=2e-5)
 
 

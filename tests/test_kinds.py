@@ -782,7 +782,7 @@ def test_the_completions_left_out_have_no_gradient(loss):
     torch.nn.init.normal_(head.outer.weight)
     for part in train.parts_of(rollouts, rows, config, ONE):
         V, u_logit = head(part.hidden)
-        _, _, hidden = policy.score(model, part.tokens, part.mask)
+        hidden = model.base_model(part.tokens[:, :-1], use_cache=False).last_hidden_state
         V_expected, u_expected = head(hidden)
         for kept, forward in ((V, V_expected), (u_logit, u_expected)):
             kept = kept[part.prefix] * part.mask

@@ -64,7 +64,7 @@ def test_score_in_chunks_equals_the_full_computation(max_logits):
     """Values and gradients; guards against chunks that are dropped, shifted or detached."""
     model = tiny_model()
     tokens, mask = ragged_batch()
-    log_prob, entropy, _ = policy.score(model, tokens, mask, max_logits)
+    log_prob, entropy = policy.score(model, tokens, mask, max_logits)
     full = F.log_softmax(model(tokens).logits[:, :-1], dim=-1)  # (B, T-1, V)
     full_log_prob = full.gather(2, tokens[:, 1:, None]).squeeze(2) * mask
     full_entropy = -(full.exp() * full).sum(-1) * mask
@@ -151,7 +151,7 @@ def test_children_of_a_loaded_bfloat16_model_do_not_tie():
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
     assert len(logits[0, -1].unique()) == 24
-    log_prob, _, _ = policy.score(model, tokens, mask)
+    log_prob, _ = policy.score(model, tokens, mask)
     expected = logits[:, :-1].log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
     assert torch.allclose(log_prob[mask], expected[mask], atol=1e-5)
 
@@ -162,8 +162,8 @@ def test_padding_changes_no_score():
     tokens, mask = ragged_batch()
     padding = torch.full((len(tokens), 5), 3)
     off = torch.zeros(len(tokens), 5, dtype=torch.bool)
-    log_prob, _, _ = policy.score(model, tokens, mask)
-    padded, _, _ = policy.score(
+    log_prob, _ = policy.score(model, tokens, mask)
+    padded, _ = policy.score(
         model, torch.cat([tokens, padding], dim=1), torch.cat([mask, off], dim=1)
     )
     assert torch.allclose(padded[:, :11], log_prob, atol=1e-6)
@@ -181,13 +181,13 @@ def test_micro_batched_gradients_equal_the_full_batch():
     leaf_weights = torch.rand(7)
     token_weights = leaf_weights[:, None] * mask
     token_weights = token_weights / token_weights.sum()
-    old_log_prob, _, _ = policy.score(model, tokens, mask)
+    old_log_prob, _ = policy.score(model, tokens, mask)
     old_log_prob = old_log_prob.detach() + 0.1
 
     def gradient(micro_batches):
         model.zero_grad()
         for rows in micro_batches:
-            log_prob, entropy, _ = policy.score(model, tokens[rows], mask[rows])
+            log_prob, entropy = policy.score(model, tokens[rows], mask[rows])
             loss, _ = policy.ppo_loss(
                 log_prob=log_prob,
                 old_log_prob=old_log_prob[rows],
@@ -507,7 +507,7 @@ def test_checkpointing_changes_no_gradient():
     for checkpointing in (False, True):
         model, _ = policy.load_policy(str(ROOT / "tiny_base"), gradient_checkpointing=checkpointing)
         model.train()
-        log_prob, _, _ = policy.score(model, tokens, mask)
+        log_prob, _ = policy.score(model, tokens, mask)
         log_prob.sum().backward()
         gradients.append(flat_gradient(model))
     without, with_checkpointing = gradients

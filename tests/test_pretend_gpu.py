@@ -147,7 +147,7 @@ def rollouts_on(device, method, dtype=torch.float32):
     trees = method(astar_search.root_keys(3, 0, range(3)), expander, options)
     rollouts = astar_search.collect(trees, expander)
     part = rollouts.select(range(len(rollouts)), device)
-    log_prob, entropy, _ = policy.score(model, part.tokens, part.mask)
+    log_prob, entropy = policy.score(model, part.tokens, part.mask)
     (log_prob + entropy).sum().backward()
     assert all(p.grad.device == p.device for p in model.parameters())
     return rollouts, log_prob.detach().cpu()

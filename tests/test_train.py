@@ -424,7 +424,7 @@ def test_help(capsys, monkeypatch):
     assert "default tiny_base" in help_of["--model"]
     for preset, fields in train.PRESETS.items():
         for name, setting in fields.items():
-            assert f"{preset}: {setting}" in help_of[train.flag_name(name)]
+            assert f"{preset}: {train.shown(setting)}" in help_of[train.flag_name(name)]
     # No path of this computer.
     assert not re.search(r"(^|[\s('\"])/\w", "\n".join(lines))
 
