@@ -91,7 +91,9 @@ def draw(runs, x, path):
     for axis in axes[1]:
         axis.set_xlabel(label)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    columns = min(len(runs), 5)
+    # As many names in a line as fit into its 150 characters, with a piece of line before each.
+    longest = max(len(name) for name, _ in runs)
+    columns = max(1, min(len(runs), 150 // (longest + 8)))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
