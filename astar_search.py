@@ -886,15 +886,19 @@ class Rollouts:
         columns = {}
         for name, column in self.columns().items():
             width = T if name == "tokens" else T - 1
-            columns[name] = select_rows(column, rows, width)
-        # Of `hidden` only the rows that these rollouts refer to.
-        kept, columns["prefix"] = columns["prefix"].unique(return_inverse=True)
-        columns["hidden"] = self.hidden[kept]
-        columns = {name: column.to(device) for name, column in columns.items()}
+            columns[name] = select_rows(column, rows, width).to(device)
         extra = {}
         for name, column in self.extra.items():
             extra[name] = select_rows(column, rows, T - 1).to(device)
-        return Rollouts(**columns, extra=extra, stats=self.stats)
+        return Rollouts(**columns, hidden=self.hidden, extra=extra, stats=self.stats)
+
+    def distinct_prefixes(self):
+        """(hidden (M, D) of the M distinct prefixes of these rollouts, their row of it (B, T-1)).
+
+        Both are on the device of the columns.  `hidden` itself stays on the CPU, whole.
+        """
+        kept, row = self.prefix.unique(return_inverse=True)
+        return self.hidden[kept.cpu()].to(self.prefix.device), row
 
     def completions(self):
         """Token ids of each completion, EOS included, as lists."""
@@ -971,15 +975,14 @@ def concatenate(parts):
                 column = F.pad(column, (0, width - column.shape[1]))
             rows.append(column)
         columns[name] = torch.cat(rows)
-    # The rows of `hidden` follow each other; all parts share the first, which is padding.
-    prefixes = []
+    # All tables of hidden states share their first row, which is padding.  The others follow.
     tables = [parts[0].hidden[:1]]
+    rows_before = []  # of each rollout, the rows of the tables before its own
     for part in parts:
-        before = sum(len(table) for table in tables) - 1
-        prefix = torch.where(part.prefix > 0, part.prefix + before, 0)
-        prefixes.append(F.pad(prefix, (0, T - 1 - prefix.shape[1])))
+        rows_before += [sum(len(table) for table in tables) - 1] * len(part)
         tables.append(part.hidden[1:])
-    columns["prefix"] = torch.cat(prefixes)
+    shift = torch.tensor(rows_before, dtype=torch.int64)[:, None]
+    columns["prefix"] += shift * (columns["prefix"] > 0)
     columns["hidden"] = torch.cat(tables)
     stats = dict(parts[0].stats)
     for part in parts[1:]:

@@ -393,12 +393,6 @@ def unknown_prompts(tokenizer, problems):
     )
 
 
-def cut_at_stop(text, stop):
-    """A text that holds a stop text, up to the end of the one that is complete first."""
-    ends = [text.index(one) + len(one) for one in stop if one in text]
-    return text[: min(ends)]
-
-
 def judge_completion(
     problem, prompt_ids, ids, truncated, tokenizer, reward, max_new_tokens, stop=()
 ):
@@ -408,12 +402,17 @@ def judge_completion(
     stop: the texts that end a completion.  What its last token holds behind one is not read.
     The text begins with the prefill, which may have opened the <think> that the completion closes.
     """
-    text = completion_text(tokenizer, prompt_ids, ids)
-    if any(one in text for one in stop):
-        text = cut_at_stop(text, stop)
-    elif not truncated and is_control_token(tokenizer, ids[-1]):
-        # The last token is an end token.  It is read only if it is text, such as </answer>.
-        text = completion_text(tokenizer, prompt_ids, ids[:-1])
+    text = completion_text(tokenizer, prompt_ids, ids) if stop else ""
+    ends = [text.index(one) + len(one) for one in stop if one in text]
+    if ends:
+        text = text[: min(ends)]  # up to the stop text that is complete first
+    else:
+        written = ids
+        # The last token is the end token, unless the completion was truncated.  It is read only if
+        # it is text, such as </answer>.
+        if not truncated and is_control_token(tokenizer, ids[-1]):
+            written = ids[:-1]
+        text = completion_text(tokenizer, prompt_ids, written)
     text = problem.prefill + text
     return text, reward.judge(problem, text, len(ids) / max_new_tokens, truncated)
 

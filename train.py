@@ -419,12 +419,13 @@ def main(argv=None):
                     # The head learns from all of them, by the hidden states that the search kept:
                     # it costs no forward of the model.
                     for part in parts_of(rollouts, rows, config, ranks):
-                        V, u_logit = run.head(part.hidden)  # (M,) each
+                        hidden, prefix = part.distinct_prefixes()  # (M, D), (B, T-1)
+                        V, u_logit = run.head(hidden)  # (M,) each
                         weight = part.extra["leaf_weight"][:, None] * part.mask
                         # sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 )
                         head_loss, metrics = value_module.value_loss(
-                            values=V[part.prefix],  # (M,) -> (B, T-1)
-                            u_logit=u_logit[part.prefix],
+                            values=V[prefix],  # (M,) -> (B, T-1)
+                            u_logit=u_logit[prefix],
                             returns=value_module.monte_carlo_returns(
                                 part.extra["rewards"], part.mask
                             ),
@@ -734,7 +735,7 @@ def idle_part(rollouts):
     extra = {}
     for name, column in rollouts.extra.items():
         extra[name] = column.new_zeros((1,) * column.ndim)
-    return astar_search.Rollouts(**columns, hidden=rollouts.hidden[:1], extra=extra)
+    return astar_search.Rollouts(**columns, hidden=rollouts.hidden, extra=extra)
 
 
 def add_up(sums, metrics):

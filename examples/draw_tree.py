@@ -385,7 +385,10 @@ def make_parser():
 
 
 def check_arguments(arguments):
-    """Raise ValueError, one sentence, for a flag whose value makes no sense."""
+    """Raise ValueError, one sentence, for a flag whose value makes no sense.
+
+    --stop becomes the list of stop texts.
+    """
     for name in ("K", "width", "max_new_tokens", "max_nodes", "max_open"):
         number = getattr(arguments, name)
         if number < 1:
@@ -401,6 +404,7 @@ def check_arguments(arguments):
     # Bytes that are not UTF-8 reach Python as lone surrogates.
     if not arguments.prompt or any("\ud800" <= c <= "\udfff" for c in arguments.prompt):
         raise ValueError("--prompt must be a text in UTF-8, and not empty")
+    arguments.stop = evaluation.stop_texts(arguments.stop)
     check_out(pathlib.Path(arguments.out))
 
 
@@ -441,10 +445,9 @@ def load_guide(arguments, model):
 
 def search_prompt(prompt, model, tokenizer, value_function, arguments):
     """Search below one prompt, a list of token ids.  Returns (tree, expander)."""
-    stop = evaluation.stop_texts(arguments.stop)
     options = astar_search.Options(
         eos=policy.stop_tokens(model, tokenizer),
-        stop=astar_search.StopTexts(tokenizer, stop, [prompt]),
+        stop=astar_search.StopTexts(tokenizer, arguments.stop, [prompt]),
         K=arguments.K,
         tau=arguments.tau,
         width=arguments.width,
@@ -499,7 +502,7 @@ def draw(arguments):
             [problem],
             reward_module.Reward(),
             arguments.max_new_tokens,
-            stop=evaluation.stop_texts(arguments.stop),
+            stop=arguments.stop,
         )
     facts = record_search(
         tree=tree,

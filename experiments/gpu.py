@@ -411,7 +411,6 @@ def gradients(report):
     Expected: a largest difference of 1e-4 of the largest gradient, which is rounding.
     """
     cpu = torch.device("cpu")
-    ranks = fsdp.Ranks(0, 1, cpu)
     sizes = {"problems_per_iteration": 8, "max_new_tokens": 14, "rollouts_per_problem": 6}
     config = train.Config(**train.PPO | sizes)
     model, tokenizer = policy.load_policy(str(TINY_BASE))
@@ -419,22 +418,8 @@ def gradients(report):
     head = value_module.ValueHead(model.config.hidden_size)
     torch.nn.init.normal_(head.outer.weight, std=0.1)  # at 0, as it starts, much would be 0
     reward = reward_module.load_reward()
-    problems, indices = train.draw_problems(config, 1, ranks, None)
-    rollouts = train.generate_rollouts(
-        model,
-        tokenizer,
-        problems,
-        indices,
-        config,
-        reward,
-        iteration=1,
-        value_function=evaluation.value_function(head, reward.bounds, config.beta),
-        kind="astar",
-        K=config.rollouts_per_problem,
-    )
-    _, verdicts = evaluation.judge_rollouts(
-        rollouts, tokenizer, problems, reward, config.max_new_tokens
-    )
+    guide = evaluation.value_function(head, reward.bounds, config.beta)
+    rollouts, verdicts, _ = step.first_rollouts(model, tokenizer, config, reward, guide)
     # As if steps had been made since the rollouts, so that the clip matters.
     torch.manual_seed(1)
     rollouts.log_probs = rollouts.log_probs + 0.2 * torch.randn_like(rollouts.log_probs)

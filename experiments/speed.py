@@ -604,23 +604,7 @@ def batch_of(flags):
     config, _, _ = train.parse_arguments(flags.split())
     model, tokenizer = policy.load_policy(config.model)
     reward = reward_module.load_reward("", config.format_bonus, config.length_penalty)
-    ranks = fsdp.init_ranks(device="cpu")
-    problems, indices = train.draw_problems(config, 1, ranks, None)
-    rollouts = train.generate_rollouts(
-        model,
-        tokenizer,
-        problems,
-        indices,
-        config,
-        reward,
-        iteration=1,
-        value_function=None,
-        kind=config.rollout,
-        K=config.rollouts_per_problem,
-    )
-    _, verdicts = evaluation.judge_rollouts(
-        rollouts, tokenizer, problems, reward, config.max_new_tokens
-    )
+    rollouts, verdicts, indices = step.first_rollouts(model, tokenizer, config, reward)
     rollouts.extra = step.columns_of(rollouts, verdicts, reward, config)
     return model, rollouts, indices, config
 

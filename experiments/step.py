@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import eval as evaluation
+import fsdp
 import policy
 import train
 import value as value_module
@@ -47,6 +48,28 @@ def columns_of(rollouts, verdicts, reward, config):
     }
 
 
+def first_rollouts(model, tokenizer, config, reward, value_function=None):
+    """(rollouts, verdicts, indices) of iteration 1, as train.py makes them, on one process."""
+    ranks = fsdp.Ranks(rank=0, world_size=1, device=torch.device("cpu"))
+    problems, indices = train.draw_problems(config, 1, ranks, None)
+    rollouts = train.generate_rollouts(
+        model,
+        tokenizer,
+        problems,
+        indices,
+        config,
+        reward,
+        iteration=1,
+        value_function=value_function,
+        kind=config.rollout,
+        K=config.rollouts_per_problem,
+    )
+    _, verdicts = evaluation.judge_rollouts(
+        rollouts, tokenizer, problems, reward, config.max_new_tokens, config.stop
+    )
+    return rollouts, verdicts, indices
+
+
 def policy_loss_of(model, part, config, totals):
     """(policy loss, metrics) of one micro-batch: terms of sums over the minibatch.  Not for apo."""
     log_prob, entropy = policy.score(model, part.tokens, part.mask)
@@ -72,11 +95,12 @@ def policy_loss_of(model, part, config, totals):
 
 def head_loss_of(head, part, totals):
     """(loss of the value head, metrics) of one micro-batch: terms of sums over the minibatch."""
-    V, u_logit = head(part.hidden)
+    hidden, prefix = part.distinct_prefixes()
+    V, u_logit = head(hidden)
     weight = part.extra["leaf_weight"][:, None] * part.mask
     return value_module.value_loss(
-        values=V[part.prefix],
-        u_logit=u_logit[part.prefix],
+        values=V[prefix],
+        u_logit=u_logit[prefix],
         returns=value_module.monte_carlo_returns(part.extra["rewards"], part.mask),
         targets=value_module.monte_carlo_returns(part.extra["soft_targets"], part.mask),
         token_weights=weight / totals["tokens"],

@@ -781,11 +781,12 @@ def test_the_completions_left_out_have_no_gradient(loss):
     head = value_module.ValueHead(model.config.hidden_size)
     torch.nn.init.normal_(head.outer.weight)
     for part in train.parts_of(rollouts, rows, config, ONE):
-        V, u_logit = head(part.hidden)
+        distinct, prefix = part.distinct_prefixes()
+        V, u_logit = head(distinct)
         hidden = model.base_model(part.tokens[:, :-1], use_cache=False).last_hidden_state
         V_expected, u_expected = head(hidden)
         for kept, forward in ((V, V_expected), (u_logit, u_expected)):
-            kept = kept[part.prefix] * part.mask
+            kept = kept[prefix] * part.mask
             torch.testing.assert_close(kept, forward * part.mask, rtol=1e-4, atol=1e-5)
 
 
