@@ -117,6 +117,12 @@ class Config:
     final_rate: float = flag(0.02, "last learning rate, as a share of the peak", low=0, high=1)
     weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
+    average: float = flag(
+        0.0,
+        "evaluate and save a moving average of the weights: its decay a step",
+        low=0,
+        high=0.9999,
+    )
     freeze_blocks: int = flag(0, "keep the embeddings and the first n blocks as they are", low=0)
     gradient_checkpointing: str = flag(
         "off", "recompute activations in the backward pass", choices=("on", "off")
@@ -448,6 +454,9 @@ def main(argv=None):
                     run.optimizer.step()
                     run.optimizer.zero_grad(set_to_none=True)
                     steps.append(measured)
+                    if config.average > 0:
+                        done = (iteration - 1) * config.epochs * config.minibatches + len(steps)
+                        move_average(run.optimizer, config.average, done)
             run.model.eval()
             run.iteration = iteration
             run.model_tokens += model_tokens
@@ -760,6 +769,43 @@ def check_finite(metrics, iteration):
 POLICY_METRICS = ("policy_loss", "approx_kl", "clip_fraction", "entropy")
 
 
+def move_average(optimizer, decay, steps):
+    """a <- d a + (1 - d) w: the moving average of each weight, after `steps` optimiser steps.
+
+    The average of the last 1/(1 - decay) steps or so has less of the noise of single steps than the
+    weights themselves have (Polyak & Juditsky 1992).  At first d is smaller, so that the weights
+    of the start are forgotten sooner.  Rollouts and the update use the weights; evaluations and
+    checkpoints the average.
+
+    It is kept beside Adam's moments, and so it is sharded, saved and loaded like them.
+    """
+    d = min(decay, steps / (steps + 9))
+    for parameter, state in optimizer.state.items():
+        if "average" not in state:
+            state["average"] = parameter.detach().clone()
+        state["average"].lerp_(parameter.detach(), 1 - d)
+
+
+def swap_average(optimizer):
+    """Exchange each weight and its average, in place; a weight without one stays."""
+    for parameter, state in optimizer.state.items():
+        if "average" in state:
+            weight = parameter.detach()
+            kept = weight.clone()
+            weight.copy_(state["average"])
+            state["average"].copy_(kept)
+
+
+@contextlib.contextmanager
+def averaged_weights(run):
+    """Within it the policy and the head have their averaged weights, if there are such."""
+    swap_average(run.optimizer)
+    try:
+        yield
+    finally:
+        swap_average(run.optimizer)
+
+
 def mean_metrics(steps):
     """Metrics of an iteration: means over its optimiser steps, and the KL before the first.
 
@@ -855,7 +901,7 @@ def sample_rows(config, iteration, indices, rollouts, texts, verdicts, problems,
 def evaluate(run):
     """Accuracy and other figures on the held-out problems: the result of evaluation.evaluate."""
     config = run.config
-    with fsdp.full_weights(run.model, run.head):
+    with averaged_weights(run), fsdp.full_weights(run.model, run.head):
         result, _ = evaluation.evaluate(
             run.model,
             run.tokenizer,
@@ -885,7 +931,7 @@ def fresh_explained_variance(run, iteration, most=128):
     problems = run.eval_problems[:most]
     indices = list(fsdp.rank_slice(len(problems), run.ranks))
     problems = [problems[i] for i in indices]
-    with fsdp.full_weights(run.model, run.head):
+    with averaged_weights(run), fsdp.full_weights(run.model, run.head):
         samples = generate_rollouts(
             run.model,
             run.tokenizer,
@@ -1081,19 +1127,21 @@ def trainer_state(run):
 def save(run):
     """Write OUTPUT/checkpoint_iter_N, then remove older ones.  A collective.
 
-    No random state is in it: problems, noise and order are functions of (seed, iteration, index).
+    With --average its model is the average; the weights lie beside Adam's moments.  No random state
+    is in it: problems, noise and order are functions of (seed, iteration, index).
     """
     run.clock.enter("checkpoint")
     folder = run.path(f"checkpoint_iter_{run.iteration}")
-    run.saved = fsdp.save_checkpoint(
-        folder,
-        run.model,
-        run.tokenizer,
-        run.head,
-        run.optimizer,
-        state=trainer_state(run),
-        ranks=run.ranks,
-    )
+    with averaged_weights(run):
+        run.saved = fsdp.save_checkpoint(
+            folder,
+            run.model,
+            run.tokenizer,
+            run.head,
+            run.optimizer,
+            state=trainer_state(run),
+            ranks=run.ranks,
+        )
     if run.ranks.is_main:  # only now may an older one go
         fsdp.prune_checkpoints(run.config.output_dir, run.iteration, run.config.keep_checkpoints)
     run.clock.enter("other")
@@ -1396,6 +1444,7 @@ def open_run(run, state):
 
         def load_moments():
             fsdp.load_optimizer(run.source, run.model, run.head, run.optimizer)
+            swap_average(run.optimizer)  # the checkpoint's model is the average
 
         fsdp.raise_everywhere(load_moments, run.ranks)
 

@@ -113,6 +113,7 @@ def memory(config, model, prompt, activations, world_size, offload):
     need["weights"] = 4 * (total + reference) / shards
     need["gradients"] = 4 * trained / shards
     need["moments"] = 2 * need["gradients"]
+    need["average"] = need["gradients"] if config.average > 0 else 0
     need.update(search_bytes(config, text, prompt, world_size, bytes_of_number, activations))
 
     # Rollouts run on whole weights.  In the update the root stays whole and two blocks come and go.
@@ -124,9 +125,9 @@ def memory(config, model, prompt, activations, world_size, offload):
     need["activations"] = update_bytes(config, text, prompt, activations, bytes_of_number)
     need["gathered"] = max(whole, gathered)
     # A checkpoint is put together on one rank's host.  Loading takes less: the weights alone.
-    need["checkpoint"] = 4 * total + 8 * trained
+    need["checkpoint"] = 4 * total + 8 * trained + need["average"] * shards
 
-    kept = need["weights"] + need["moments"]
+    kept = need["weights"] + need["moments"] + need["average"]
     need["rollouts"] = whole + need["K/V"] + need["search"]
     need["update"] = gathered + need["activations"]
     need["host"] = need["trees"] + need["checkpoint"]

@@ -211,26 +211,42 @@ def search_rows(setting, problems, value_function, tau, seed, first=0):
 
 
 def sample_rows(setting, problems, seed, first=0):
-    """Samples of every problem, in a random order: a row a problem, as in search_rows.
+    """Samples of every problem, in a random order: a row a problem.
 
-    Samples that begin alike share the nodes of their common prefix, which are run once.
+    A row has the tokens of its prompt and `samples`: (the nodes that this one runs, is it right?).
     """
     trees, expander = setting.draw(problems, setting.draws, seed, first)
     is_right = setting.right_leaf_test(problems, expander.prompts)
     rng = random.Random(f"{seed} {first}")
     rows = []
     for tree, prompt in zip(trees, expander.prompts):
-        chains = [leaf for leaf in tree.leaves for _ in range(leaf.count)]
-        rng.shuffle(chains)  # independent draws may come in any order
-        right = {leaf: is_right(leaf) for leaf in tree.leaves}
-        run = set()  # inner nodes behind the prompt
-        completions, ends = [], []
-        for leaf in chains:
-            completions.append((len(run), right[leaf]))
-            run.update(node.parent for node in leaf.path_nodes()[1:])
-            ends.append(len(run))
-        rows.append({"prompt": len(prompt), "ends": ends, "completions": completions})
+        samples = []
+        for leaf in tree.leaves:
+            # The root is the prompt's last token: it costs nothing behind the prompt.
+            inner = [node.parent.slot for node in leaf.path_nodes()[1:]]
+            samples += [(inner, is_right(leaf))] * leaf.count
+        rng.shuffle(samples)  # independent draws may come in any order
+        rows.append({"prompt": len(prompt), "samples": samples})
     return rows
+
+
+def priced(rows, shared):
+    """Rows of samples as search_rows makes them, with `ends`: what had been run after each sample.
+
+    shared: nodes that several samples go through are run once, as astar_search.sample runs them.
+    Otherwise once a sample, as model.generate and most codes for reinforcement learning do.
+    """
+    result = []
+    for row in rows:
+        seen = set()
+        run, ends, completions = 0, [], []
+        for inner, right in row["samples"]:
+            completions.append((run, right))
+            run += len(set(inner) - seen) if shared else len(inner)
+            seen.update(inner)
+            ends.append(run)
+        result.append({"prompt": row["prompt"], "ends": ends, "completions": completions})
+    return result
 
 
 def spent(row, budget):
@@ -371,8 +387,12 @@ def fixed(args):
     compare.write(args.results, row)
 
     start = time.process_time()
-    sampled = in_chunks(sample_rows, setting, problems, args.seed)
-    report("samples", sampled, sampled, setting.budgets, args, time.process_time() - start)
+    drawn = in_chunks(sample_rows, setting, problems, args.seed)
+    sampled = priced(drawn, shared=True)
+    apart = priced(drawn, shared=False)
+    seconds = time.process_time() - start
+    report("samples", sampled, sampled, setting.budgets, args, seconds)
+    report("samples, each by itself", apart, sampled, setting.budgets, args, seconds)
     start = time.process_time()
     head, tokens = fit_head(setting, train_problems, 8, args.seed)
     print(f"head: {tokens:,} tokens, {time.process_time() - start:.0f} s", flush=True)

@@ -1,8 +1,10 @@
-"""rounds.py -- what --width buys: rounds (forwards) of a search, its model tokens and seconds.
+r"""rounds.py -- what --width buys: rounds (forwards) of a search, its model tokens and seconds.
 
     python experiments/rounds.py after                           # the tiny base: three minutes
     python experiments/rounds.py after --model runs/quick/checkpoint_iter_24
     python experiments/rounds.py after --model examples/qwen2.5-3b --config-only   # random weights
+    python experiments/rounds.py after --model runs/smollm2 --train-file runs/smollm2/train.jsonl \
+        --reward experiments/real_model_reward.py:reward --stop '\n' --max-new-tokens 8
     python experiments/rounds.py round                           # seconds a round of 135M, by nodes
 
 Two searches, as the presets make them: `quick` (tau 0, until a leaf is right) and `ppo` (tau 1).
@@ -82,11 +84,16 @@ class Task:
         else:
             self.model, self.tokenizer = policy.load_policy(args.model)
             self.value_function = evaluation.load_value_function(args.model, self.model)
-            self.problems = []
-            for i in range(args.problems):
-                self.problems.append(data.train_problem(0, 1, i, args.digits, "terse"))
+            self.reward = reward_module.load_reward(args.reward)
+            if args.train_file:
+                self.problems = data.read_problems(args.train_file)[: args.problems]
+            else:
+                self.problems = []
+                for i in range(args.problems):
+                    self.problems.append(data.train_problem(0, 1, i, args.digits, "terse"))
             self.prompts = evaluation.encode_prompts(self.tokenizer, self.problems)
             self.eos = policy.stop_tokens(self.model, self.tokenizer)
+        self.stop = evaluation.stop_texts(args.stop)
         self.config_only = args.config_only
         self.max_new_tokens = args.max_new_tokens
         self.model.requires_grad_(False)
@@ -94,17 +101,21 @@ class Task:
     def search(self, preset, width, rows):
         config = train.Config(**train.PRESETS[preset])
         prompts = [self.prompts[row] for row in rows]
-        until = None
+        until, stop = None, None
+        if not self.config_only:
+            stop = astar_search.StopTexts(self.tokenizer, self.stop, prompts)
         if config.until_right == "on" and not self.config_only:
             until = evaluation.right_leaf_test(
                 self.tokenizer,
                 [self.problems[row] for row in rows],
                 prompts,
-                reward_module.load_reward("", config.format_bonus, config.length_penalty),
+                self.reward,
                 self.max_new_tokens,
+                self.stop,
             )
         options = astar_search.Options(
             eos=self.eos,
+            stop=stop,
             K=config.rollouts_per_problem,
             tau=config.tau,
             width=width,
@@ -195,6 +206,9 @@ def main():
     parser.add_argument("--presets", nargs="*", default=PRESETS, choices=PRESETS)
     parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS)
     parser.add_argument("--digits", default="2")
+    parser.add_argument("--train-file", help="problems of a file, as in train.py")
+    parser.add_argument("--reward", default="", help="as in train.py")
+    parser.add_argument("--stop", action="append", default=[], help="as in train.py")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--alone", type=int, default=4, help="problems searched by themselves")

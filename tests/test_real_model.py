@@ -122,7 +122,8 @@ def test_one_search_serves_all_budgets(folder, setting):
 def test_samples_pay_for_what_they_run(folder, setting):
     """All draws together cost what the expander ran, and a sample that was begun is finished."""
     problems = data.read_problems(folder / "eval.jsonl")[:2]
-    rows = real.sample_rows(setting, problems, 0)
+    drawn = real.sample_rows(setting, problems, 0)
+    rows = real.priced(drawn, shared=True)
     _, expander = setting.draw(problems, setting.draws, 0)
     for row, tokens in zip(rows, expander.spent):
         assert row["prompt"] + row["ends"][-1] == tokens
@@ -130,6 +131,19 @@ def test_samples_pay_for_what_they_run(folder, setting):
         before = [0, *row["ends"][:-1]]
         assert [start for start, _ in row["completions"]] == before
         assert real.spent(row, 1) == row["ends"][0]
+
+
+def test_prices_of_samples_by_hand():
+    """A shared node is paid for once, or once a sample that goes through it.
+
+    Three samples: nodes 1 and 2, node 1 again, nodes 1 and 5.
+    """
+    row = {"prompt": 4, "samples": [([1, 2], False), ([1], True), ([1, 5], False)]}
+    (shared,) = real.priced([row], shared=True)
+    (apart,) = real.priced([row], shared=False)
+    assert (shared["ends"], apart["ends"]) == ([2, 2, 3], [2, 3, 5])
+    assert shared["completions"] == [(0, False), (2, True), (2, False)]
+    assert apart["completions"] == [(0, False), (2, True), (3, False)]
 
 
 def test_right_within_by_hand():
@@ -150,9 +164,10 @@ def test_fixed_runs(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(real.compare, "RESULTS", tmp_path)
     real.main(f"fixed --model {folder} --problems 3 --fit-problems 2 --results rows".split())
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    methods = {"greedy", "samples", "A*, h = 0", "A*, fitted head", "Gumbel A*, h = 0"}
+    searches = {"A*, h = 0", "A*, fitted head", "Gumbel A*, h = 0"}
+    methods = {"greedy", "samples", "samples, each by itself"} | searches
     assert {row["method"] for row in rows} == methods
-    assert len(rows) == 1 + 4 * len(real.Setting.budgets)
+    assert len(rows) == 1 + 5 * len(real.Setting.budgets)
     for row in rows:
         low, high = row["interval"]
         assert low <= row["found"] <= high

@@ -29,6 +29,7 @@ ONE = fsdp.Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 SMALL = """
     --config ppo --problems-per-iteration 4 --rollouts-per-problem 3 --eval-problems 6
     --max-new-tokens 14 --max-nodes 128 --device cpu --checkpoint-every 1 --samples 2
+    --average 0.9
 """.split()
 
 
@@ -143,6 +144,55 @@ def test_resume_is_exact(finished, killed, tmp_path, capsys):
     # The weights of the policy and of the head, and Adam's moments.
     last = "checkpoint_iter_4"
     assert equal(tensors(folder / last), tensors(finished / last))
+
+
+def test_the_average_of_the_weights_by_hand(tmp_path):
+    """Steps 1, 2, 3 have d = 1/10, 2/11, 3/12: a = w1; then 2/11 w1 + 9/11 w2; then with w3.
+
+    Guards against an average that begins at the base or at zero, and a wrong place of d.
+    """
+    weight = torch.nn.Parameter(torch.tensor([0.0]))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.0)
+    for step, value in enumerate((11.0, 22.0, 4.0), start=1):
+        optimizer.state[weight]["step"] = step
+        with torch.no_grad():
+            weight.fill_(value)
+        train.move_average(optimizer, 0.99, step)
+    # 2/11 of 11 + 9/11 of 22 = 20, then 1/4 of 20 + 3/4 of 4 = 8
+    assert optimizer.state[weight]["average"].item() == pytest.approx(8.0)
+    train.move_average(optimizer, 0.5, 1000)
+    assert optimizer.state[weight]["average"].item() == pytest.approx(6.0)
+
+
+def test_evaluations_and_checkpoints_have_the_average(tmp_path, monkeypatch):
+    """The weights themselves are with the moments, and the run goes on from them.
+
+    Guards against a run that evaluates or saves the weights of its last step, and one that goes on
+    from the average.
+    """
+    weights = {}  # of the first layer, as a phase of the run saw them
+    evaluate, save = evaluation.evaluate, train.save
+
+    def copy(model):
+        return next(model.parameters()).detach().clone()
+
+    def evaluate_and_copy(model, *arguments, **more):
+        weights["evaluation"] = copy(model)
+        return evaluate(model, *arguments, **more)
+
+    def save_and_copy(run):
+        save(run)
+        weights["after the save"] = copy(run.model)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate_and_copy)
+    monkeypatch.setattr(train, "save", save_and_copy)
+    run(tmp_path, "--eval-every", 1, iterations=2)
+    checkpoint = tensors(tmp_path / "checkpoint_iter_2")
+    saved = checkpoint["model/model.embed_tokens.weight"]
+    kept = checkpoint["optimizer/policy.model.embed_tokens.weight.average"]
+    assert torch.equal(saved, weights["evaluation"])
+    assert torch.equal(kept, weights["after the save"])
+    assert not torch.equal(saved, kept)
 
 
 def test_micro_batches_do_not_change_the_run(finished, tmp_path):
