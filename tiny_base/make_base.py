@@ -14,6 +14,7 @@ answering directly.
 
     python tiny_base/make_base.py               # writes tiny_base/ and tiny_base/weak/
     python tiny_base/make_base.py --scan 50     # prints the accuracy every 50 steps instead
+    python tiny_base/make_base.py --base task   # writes tiny_base/task/: 2- and 3-digit operands
     python tiny_base/make_base.py --base hard   # writes tiny_base/hard/: 3-digit by 1- to 3-digit
 """
 
@@ -184,8 +185,11 @@ def measure(model, tokenizer, digits="2", n=500, seed=0):
 BASES = {
     "base": (HERE, "2", 660, 150, 0.5, 0.05),
     "weak": (HERE / "weak", "2", 550, 150, 0.5, 0.05),
+    "task": (HERE / "task", "2-3", 600, 150, 0.5, 0.05),
     "hard": (HERE / "hard", "3x1-3", 300, 150, 1.0, 1.0),
 }
+# Bases of several sizes of problem are measured by size.
+SIZES = {"task": ("2x2", "2x3", "3x2", "3x3"), "hard": ("3x1", "3x2", "3x3")}
 
 
 def make(name, args):
@@ -235,13 +239,13 @@ def make(name, args):
 
 
 def measure_all(name, model, tokenizer):
-    """measure() of the base called `name`; the hard one's by size of the problem.
+    """measure() of the base called `name`, by size of the problem if it knows several.
 
     measure() wants prompts of one length, so problems of one size at a time.
     """
     model.eval()
-    if name == "hard":
-        figures = {size: measure(model, tokenizer, size) for size in ("3x1", "3x2", "3x3")}
+    if name in SIZES:
+        figures = {size: measure(model, tokenizer, size) for size in SIZES[name]}
     else:
         figures = measure(model, tokenizer, "2")
     model.train()
