@@ -72,7 +72,7 @@ def make_line(pair, train_pairs, rng):
 
 
 def write_task(folder):
-    """Write train.jsonl and eval.jsonl.  No pair of an evaluation problem is in train.jsonl."""
+    """Write train.jsonl and eval.jsonl, and tinyzero_*.jsonl.  No pair is in both parts."""
     train_pairs, held_out = split_pairs()
     rng = random.Random("lines")
     # A pair comes several times, each time after other examples.
@@ -81,6 +81,12 @@ def write_task(folder):
         lines = [json.dumps(make_line(pair, train_pairs, rng)) + "\n" for pair in pairs]
         pathlib.Path(folder, f"{name}.jsonl").write_text("".join(lines))
         print(f"{len(lines)} problems in {folder}/{name}.jsonl")
+        # The same pairs in TinyZero's words.
+        lines = []
+        for problem in tinyzero_problems(pairs, name):
+            row = {"prompt": problem.prompt, "prefill": problem.prefill, "answer": problem.answer}
+            lines.append(json.dumps(row) + "\n")
+        pathlib.Path(folder, f"tinyzero_{name}.jsonl").write_text("".join(lines))
 
 
 def find_weights():
@@ -410,15 +416,28 @@ def fixed(args):
 # ---------------------------------------------------------------------------------------- Training
 
 COMMON = (
-    "--stop \\n --max-new-tokens 8 --epochs 2 --minibatches 1 --freeze-blocks 10 --warmup 1 "
+    "--epochs 2 --minibatches 1 --freeze-blocks 10 --warmup 1 "
     "--eval-every 5 --eval-problems 100 --checkpoint-every 1000 --device cpu"
 )
+TASKS = {
+    "examples": (
+        "--stop \\n --max-new-tokens 8 --reward experiments/real_model_reward.py:reward "
+        "--train-file {model}/train.jsonl --eval-file {model}/eval.jsonl"
+    ),
+    "tinyzero": (
+        "--stop </answer> --max-new-tokens 40 "
+        "--train-file {model}/tinyzero_train.jsonl --eval-file {model}/tinyzero_eval.jsonl"
+    ),
+}
 SAMPLE = "--rollout sample --problems-per-iteration 64 --rollouts-per-problem 4"
-# About as many model tokens an iteration in each arm, and 2 optimiser steps.
+TINYZERO = "--problems-per-iteration 16 --loss em --max-nodes 128 --eval-problems 40"
+# name: (task, flags).  Within a task about as many model tokens an iteration; 2 optimiser steps.
 ARMS = {
-    "astar_em": "--problems-per-iteration 32 --guide none --loss em --max-nodes 64",
-    "sample_em": f"{SAMPLE} --loss em",
-    "sample_grpo": f"{SAMPLE} --loss grpo",
+    "astar_em": ("examples", "--problems-per-iteration 32 --guide none --loss em --max-nodes 64"),
+    "sample_em": ("examples", f"{SAMPLE} --loss em"),
+    "sample_grpo": ("examples", f"{SAMPLE} --loss grpo"),
+    "tinyzero_h0": ("tinyzero", f"{TINYZERO} --guide none"),
+    "tinyzero_head": ("tinyzero", f"{TINYZERO} --guide head"),
 }
 
 
@@ -430,12 +449,11 @@ def train_once(args, arm, rate, seed):
     name = f"{arm}_{rate}_{args.iterations}_seed{seed}"
     folder = ROOT / "runs" / "real_model" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    flags = f"{COMMON} {ARMS[arm]} --learning-rate {rate} --iterations {args.iterations}"
+    task, flags = ARMS[arm]
+    flags = f"{COMMON} {flags} --learning-rate {rate} --iterations {args.iterations}"
     command = [sys.executable, "train.py", *flags.split(), "--seed", str(seed), "--overwrite"]
     command += ["--model", args.model, "--output-dir", str(folder.relative_to(ROOT))]
-    for part in ("train", "eval"):
-        command += [f"--{part}-file", f"{args.model}/{part}.jsonl"]
-    command += ["--reward", "experiments/real_model_reward.py:reward", *args.flags.split()]
+    command += [*TASKS[task].format(model=args.model).split(), *args.flags.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(f"{folder}.log", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
@@ -621,7 +639,7 @@ def main(argv=None):
     command.set_defaults(function=fixed)
     command = commands.add_parser("train", help="runs of train.py, one after the other")
     command.add_argument("--model", default="runs/smollm2")
-    command.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    command.add_argument("--arms", nargs="+", default=["astar_em", "sample_em"], choices=ARMS)
     command.add_argument("--rates", nargs="+", default=["2e-5"], help="learning rates")
     command.add_argument("--seeds", nargs="+", type=int, default=[0])
     command.add_argument("--iterations", type=int, default=20)

@@ -153,10 +153,10 @@ def test_the_average_of_the_weights_by_hand(tmp_path):
     """
     weight = torch.nn.Parameter(torch.tensor([0.0]))
     optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.0)
-    for step, value in enumerate((11.0, 22.0, 4.0), start=1):
+    for step, number in enumerate((11.0, 22.0, 4.0), start=1):
         optimizer.state[weight]["step"] = step
         with torch.no_grad():
-            weight.fill_(value)
+            weight.fill_(number)
         train.move_average(optimizer, 0.99, step)
     # 2/11 of 11 + 9/11 of 22 = 20, then 1/4 of 20 + 3/4 of 4 = 8
     assert optimizer.state[weight]["average"].item() == pytest.approx(8.0)
