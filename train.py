@@ -112,6 +112,7 @@ class Config:
     minibatches: int = flag(2, "optimiser steps a pass", low=1)
     micro_batch: int = flag(64, "rollouts a forward of the update; changes only rounding", low=1)
     learning_rate: float = flag(2e-4, "peak learning rate of the policy", above=0)
+    value_epochs: int = flag(0, "more passes of the value head alone, an iteration", low=0)
     value_learning_rate: float = flag(1e-3, "peak learning rate of the value head", above=0)
     warmup: int = flag(1, "iterations of linear warm-up, before the cosine", low=0)
     final_rate: float = flag(0.02, "last learning rate, as a share of the peak", low=0, high=1)
@@ -422,26 +423,8 @@ def main(argv=None):
                             clip=config.clip,
                         )
                         add_up(sums, metrics)
-                    # The head learns from all of them, by the hidden states that the search kept:
-                    # it costs no forward of the model.
-                    for part in parts_of(rollouts, rows, config, ranks):
-                        hidden, prefix = part.distinct_prefixes()  # (M, D), (B, T-1)
-                        V, u_logit = run.head(hidden)  # (M,) each
-                        weight = part.extra["leaf_weight"][:, None] * part.mask
-                        # sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 )
-                        head_loss, metrics = value_module.value_loss(
-                            values=V[prefix],  # (M,) -> (B, T-1)
-                            u_logit=u_logit[prefix],
-                            returns=value_module.monte_carlo_returns(
-                                part.extra["rewards"], part.mask
-                            ),
-                            targets=value_module.monte_carlo_returns(
-                                part.extra["soft_targets"], part.mask
-                            ),
-                            token_weights=weight / totals["tokens"],
-                        )
-                        (head_loss * ranks.world_size).backward()
-                        add_up(sums, metrics)
+                    # The head learns from all of them, by the hidden states that the search kept.
+                    add_up(sums, head_backward(run, rollouts, rows, totals))
                     # One optimiser step a minibatch, by the gradients of all its parts and ranks.
                     measured = reduce_metrics(sums, ranks)
                     # Each group is clipped by its own norm: neither shrinks the other's step.
@@ -458,6 +441,17 @@ def main(argv=None):
                         done = (iteration - 1) * config.epochs * config.minibatches + len(steps)
                         move_average(run.optimizer, config.average, done)
             run.model.eval()
+            # More passes of the head alone, which cost no forward of the model.
+            for epoch in range(config.epochs, config.epochs + config.value_epochs):
+                for rows in deal_minibatches(rollouts, indices, config, iteration, epoch):
+                    totals = minibatch_totals(rollouts, rows, ranks)
+                    if totals["tokens"] == 0:
+                        continue
+                    head_backward(run, rollouts, rows, totals)
+                    clip_grad_norm_(head_parameters, config.grad_clip)
+                    # The policy's parameters have no gradient, so AdamW leaves them as they are.
+                    run.optimizer.step()
+                    run.optimizer.zero_grad(set_to_none=True)
             run.iteration = iteration
             run.model_tokens += model_tokens
             run.clock.enter("other")
@@ -717,6 +711,29 @@ def minibatch_totals(rollouts, rows, ranks):
         "teaching_tokens": (tokens * rollouts.extra["teaches"][rows]).sum().item(),
     }
     return fsdp.all_reduce_sum(sums, ranks)
+
+
+def head_backward(run, rollouts, rows, totals):
+    """Add the gradient of the value loss on these rows to the head's.  Returns sums of metrics.
+
+    sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 ) / sum_t w, over the minibatch and all ranks.
+    The hidden states are those that the search has computed: no forward of the model is run.
+    """
+    sums = {}
+    for part in parts_of(rollouts, rows, run.config, run.ranks):
+        hidden, prefix = part.distinct_prefixes()  # (M, D), (B, T-1)
+        V, u_logit = run.head(hidden)  # (M,) each
+        weight = part.extra["leaf_weight"][:, None] * part.mask
+        head_loss, metrics = value_module.value_loss(
+            values=V[prefix],  # (M,) -> (B, T-1)
+            u_logit=u_logit[prefix],
+            returns=value_module.monte_carlo_returns(part.extra["rewards"], part.mask),
+            targets=value_module.monte_carlo_returns(part.extra["soft_targets"], part.mask),
+            token_weights=weight / totals["tokens"],
+        )
+        (head_loss * run.ranks.world_size).backward()
+        add_up(sums, metrics)
+    return sums
 
 
 def parts_of(rollouts, rows, config, ranks):

@@ -29,7 +29,7 @@ ROOT = pathlib.Path(train.__file__).parent
 SMALL = """
     --config ppo --problems-per-iteration 5 --rollouts-per-problem 3 --eval-problems 5
     --max-new-tokens 14 --device cpu --checkpoint-every 1 --keep-checkpoints 9 --samples 2
-    --minibatches 2 --average 0.9
+    --minibatches 2 --average 0.9 --value-epochs 1
 """.split()
 ONE = fsdp.Ranks(rank=0, world_size=1, device=torch.device("cpu"))
 

@@ -195,6 +195,22 @@ def test_evaluations_and_checkpoints_have_the_average(tmp_path, monkeypatch):
     assert not torch.equal(saved, kept)
 
 
+def test_more_passes_of_the_head_leave_the_policy_alone(tmp_path):
+    """The policy is the same bit for bit, with Adam's moments; the head is another.
+
+    Guards against passes that move the policy by what is left of its momentum.
+    """
+    for passes in (0, 3):
+        words = f"--loss grpo --guide none --value-epochs {passes}".split()
+        run(tmp_path / f"{passes}", *words, iterations=2)
+    none = tensors(tmp_path / "0" / "checkpoint_iter_2")
+    three = tensors(tmp_path / "3" / "checkpoint_iter_2")
+    for name in none:
+        of_the_head = name.startswith(("value/", "optimizer/value."))
+        assert torch.equal(none[name], three[name]) != of_the_head, name
+    assert three["optimizer/value.inner.weight.step"] == 2 * 4 * (1 + 3)
+
+
 def test_micro_batches_do_not_change_the_run(finished, tmp_path):
     """Theorem 11 in the loop: the metrics agree to rounding, whatever fits into memory."""
     small = run(tmp_path, "--micro-batch", "2", iterations=1)[1]
