@@ -556,6 +556,7 @@ def test_explained_variance_is_told_on_fresh_samples(tmp_path, monkeypatch):
             ranks=ONE,
             model=torch.nn.Linear(1, 1),
             head=torch.nn.Linear(1, 1),
+            optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]),
             tokenizer=None,
             reward=None,
             value_function=None,
