@@ -713,25 +713,30 @@ def minibatch_totals(rollouts, rows, ranks):
     return fsdp.all_reduce_sum(sums, ranks)
 
 
-def head_backward(run, rollouts, rows, totals):
-    """Add the gradient of the value loss on these rows to the head's.  Returns sums of metrics.
+def head_loss(head, part, totals):
+    """(value loss, metrics) of one micro-batch: terms of sums over the minibatch and all ranks.
 
-    sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 ) / sum_t w, over the minibatch and all ranks.
+    sum_t w ( (V(s_t) - r)^2 + (u(s_t) - t(r))^2 ) / sum_t w
     The hidden states are those that the search has computed: no forward of the model is run.
     """
+    hidden, prefix = part.distinct_prefixes()  # (M, D), (B, T-1)
+    V, u_logit = head(hidden)  # (M,) each
+    weight = part.extra["leaf_weight"][:, None] * part.mask
+    return value_module.value_loss(
+        values=V[prefix],  # (M,) -> (B, T-1)
+        u_logit=u_logit[prefix],
+        returns=value_module.monte_carlo_returns(part.extra["rewards"], part.mask),
+        targets=value_module.monte_carlo_returns(part.extra["soft_targets"], part.mask),
+        token_weights=weight / totals["tokens"],
+    )
+
+
+def head_backward(run, rollouts, rows, totals):
+    """Add the gradient of the value loss on these rows to the head's.  Returns sums of metrics."""
     sums = {}
     for part in parts_of(rollouts, rows, run.config, run.ranks):
-        hidden, prefix = part.distinct_prefixes()  # (M, D), (B, T-1)
-        V, u_logit = run.head(hidden)  # (M,) each
-        weight = part.extra["leaf_weight"][:, None] * part.mask
-        head_loss, metrics = value_module.value_loss(
-            values=V[prefix],  # (M,) -> (B, T-1)
-            u_logit=u_logit[prefix],
-            returns=value_module.monte_carlo_returns(part.extra["rewards"], part.mask),
-            targets=value_module.monte_carlo_returns(part.extra["soft_targets"], part.mask),
-            token_weights=weight / totals["tokens"],
-        )
-        (head_loss * run.ranks.world_size).backward()
+        loss, metrics = head_loss(run.head, part, totals)
+        (loss * run.ranks.world_size).backward()
         add_up(sums, metrics)
     return sums
 

@@ -452,7 +452,7 @@ def gradient(model, head, rollouts, config, device):
         )
     else:
         policy_loss, _ = step.policy_loss_of(model, part, config, totals)
-        head_loss, _ = step.head_loss_of(head, part, totals)
+        head_loss, _ = train.head_loss(head, part, totals)
         loss = policy_loss + head_loss
     loss.backward()
     parts = []

@@ -93,20 +93,6 @@ def policy_loss_of(model, part, config, totals):
     return policy_loss, metrics
 
 
-def head_loss_of(head, part, totals):
-    """(loss of the value head, metrics) of one micro-batch: terms of sums over the minibatch."""
-    hidden, prefix = part.distinct_prefixes()
-    V, u_logit = head(hidden)
-    weight = part.extra["leaf_weight"][:, None] * part.mask
-    return value_module.value_loss(
-        values=V[prefix],
-        u_logit=u_logit[prefix],
-        returns=value_module.monte_carlo_returns(part.extra["rewards"], part.mask),
-        targets=value_module.monte_carlo_returns(part.extra["soft_targets"], part.mask),
-        token_weights=weight / totals["tokens"],
-    )
-
-
 def update(model, head, optimizer, rollouts, indices, config, iteration, ranks):
     """All optimiser steps of one iteration.  Returns the metrics of each."""
     for group in optimizer.param_groups:
@@ -127,7 +113,7 @@ def update(model, head, optimizer, rollouts, indices, config, iteration, ranks):
                 loss.backward()
                 train.add_up(sums, metrics)
             for part in train.parts_of(rollouts, rows, config, ranks):
-                loss, metrics = head_loss_of(head, part, totals)
+                loss, metrics = train.head_loss(head, part, totals)
                 loss.backward()
                 train.add_up(sums, metrics)
             measured = train.reduce_metrics(sums, ranks)
