@@ -185,7 +185,7 @@ def measure(model, tokenizer, digits="2", n=500, seed=0):
 BASES = {
     "base": (HERE, "2", 660, 150, 0.5, 0.05),
     "weak": (HERE / "weak", "2", 550, 150, 0.5, 0.05),
-    "task": (HERE / "task", "2-3", 600, 150, 0.5, 0.05),
+    "task": (HERE / "task", "2-3", 800, 150, 0.5, 0.05),
     "hard": (HERE / "hard", "3x1-3", 300, 150, 1.0, 1.0),
 }
 # Bases of several sizes of problem are measured by size.
