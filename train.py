@@ -5,6 +5,7 @@
 
     python train.py                                   # the tiny base on a CPU or GPU, no download
     python train.py --config quick                    # the same base to 80 % in a minute
+    python train.py --config task                     # 2-3 digits, from 2 % to XX % in XX minutes
     python train.py --config ppo                      # Gumbel A* and PPO-clip with GAE
     python train.py --rollout sample                  # i.i.d. sampling: the baseline
     torchrun --standalone --nproc_per_node=4 train.py --config training --distributed  # Qwen2.5-3B
@@ -46,7 +47,9 @@ import value as value_module
 
 # -------------------------------------------------------------------------------------------- Flags
 
-TINY_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base")
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY_BASE = os.path.join(HERE, "tiny_base")  # has seen products of 2 digits
+TASK_BASE = os.path.join(TINY_BASE, "task")  # of 2 and 3 digits
 
 
 def flag(default, help, choices=None, low=-math.inf, high=math.inf, above=-math.inf):
@@ -224,6 +227,22 @@ PRESETS = {
     # The defaults: plain A*, guided by the head, until a leaf is right, under em.
     "local": {},
     "quick": {"output_dir": "runs/quick", "iterations": 24, "eval_every": 6},
+    # Products of 2 and 3 digits.  Completions are twice as long as those of 2 digits, and so a
+    # search may expand twice as many nodes.
+    "task": {
+        "model": TASK_BASE,
+        "digits": "2-3",
+        "output_dir": "runs/task",
+        "max_new_tokens": 96,
+        "max_nodes": 256,
+        "guide": "none",
+        "problems_per_iteration": 128,
+        "iterations": 300,
+        "warmup": 5,
+        "average": 0.99,
+        "final_rate": 1.0,
+        "eval_every": 10,
+    },
     "ppo": PPO | {"output_dir": "runs/ppo"},
     # Answers of hundreds of tokens: plain A* might not finish one, so Gumbel leaves under PPO.
     "training": PPO
@@ -1826,6 +1845,8 @@ def shown(value):
     """The value of a flag as a user would write it; of one that is given several times all."""
     if isinstance(value, (list, tuple)):
         return " ".join(value)
+    if value in (TINY_BASE, TASK_BASE):
+        return os.path.relpath(value, HERE)
     return value
 
 
@@ -1833,8 +1854,7 @@ def help_text(field):
     """The help of a flag, with its default and the presets that change it."""
     values = []
     if field.default not in ("", False, ()):
-        default = "tiny_base" if field.default == TINY_BASE else field.default
-        values.append(f"default {default}")
+        values.append(f"default {shown(field.default)}")
     for name, preset in PRESETS.items():
         if field.name in preset:
             values.append(f"{name}: {shown(preset[field.name])}")
