@@ -227,20 +227,20 @@ PRESETS = {
     # The defaults: plain A*, guided by the head, until a leaf is right, under em.
     "local": {},
     "quick": {"output_dir": "runs/quick", "iterations": 24, "eval_every": 6},
-    # Products of 2 and 3 digits.  Completions are twice as long as those of 2 digits, and so a
-    # search may expand twice as many nodes.
+    # Products of 2 and 3 digits: completions are up to twice as long as those of 2 digits, and more
+    # steps can go wrong.  So a search may expand more nodes.
     "task": {
         "model": TASK_BASE,
         "digits": "2-3",
         "output_dir": "runs/task",
         "max_new_tokens": 96,
-        "max_nodes": 256,
+        "max_nodes": 512,
         "guide": "none",
         "problems_per_iteration": 128,
-        "iterations": 300,
+        "iterations": 350,
         "warmup": 5,
         "average": 0.99,
-        "final_rate": 1.0,
+        "final_rate": 0.1,
         "eval_every": 10,
     },
     "ppo": PPO | {"output_dir": "runs/ppo"},
