@@ -69,6 +69,17 @@ METHODS = {
 HARD = QUICK.replace("--eval-every 6", "--eval-every 4")
 HARD += " --model tiny_base/hard --digits 3x3 --max-new-tokens 128"
 
+# Products of 2 and 3 digits, `python train.py --config task`, by the same policy steps for all.
+TASK = "--config task --eval-problems 500 --checkpoint-every 1000 --keep-checkpoints 1 --samples 0"
+RACE = f"{TASK} --iterations 10 --eval-every 2 --final-rate 1"
+TASK_METHODS = {
+    "A* h=0": "--guide none",
+    "A* head": "--guide head",
+    "A* fitted head": "--guide head --value-epochs 25",
+    "sampling 4": f"{SAMPLE} 4",
+    "sampling 8": f"{SAMPLE} 8",
+}
+
 RATES = ("2e-4", "4e-4", "1e-4")  # the same three for every method
 HARD_METHODS = [name for name in METHODS if "512" in name] + ["sampling 8, em", "sampling 8, grpo"]
 EM_METHODS = [name for name in METHODS if name.endswith("em") and "512" not in name]
@@ -84,6 +95,7 @@ KEPT = (
     "mass",
     "entropy",
     "explained_variance",
+    "eval_explained_variance",
 )
 
 
@@ -105,6 +117,9 @@ SUITES = {
     "quick": runs(EM_METHODS, RATES, [18, 24, 40, 80], QUICK),
     "weak": runs(EM_METHODS, RATES, [24, 60], f"{QUICK} --model tiny_base/weak"),
     "hard": runs(HARD_METHODS, ["5e-5", "2e-4"], [12], HARD),
+    # 2-3 digits: a race over the first 10 iterations, and sampling for as long as pays
+    "task": {f"{name}; first 10": f"{RACE} {flags}" for name, flags in TASK_METHODS.items()}
+    | {f"{name}; 60": f"{TASK} --iterations 60 {flags}" for name, flags in TASK_METHODS.items()},
 }
 
 
