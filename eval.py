@@ -822,6 +822,7 @@ def make_parser():
     add("--seed", "seed of the draws", type=int, default=0)
     add("--batch", "problems decoded in lock-step: a GPU's memory bounds it", type=int, default=512)
     add("--device", "cpu, cuda, ...; auto is a GPU if there is one", default="auto")
+    add("--threads", "CPU threads; 0: one for a small model, else one a core", type=int, default=0)
     types = ("auto", "float32", "bfloat16")
     add("--dtype", "auto: bfloat16 on a GPU, float32 on a CPU", choices=types, default="auto")
     add("--show", "worst completions to print, of each kind", type=int, default=2)
@@ -900,6 +901,7 @@ def load_model(arguments, problems, ranks):
     and its completion do not fit into its context.
     """
     model, tokenizer = policy.load_policy(arguments.model, device=ranks.device)
+    policy.use_threads(model, arguments.threads)
     prompts = encode_prompts(tokenizer, problems)
     warning = unknown_prompts(tokenizer, problems)
     if warning and ranks.is_main:

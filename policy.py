@@ -100,6 +100,24 @@ def load_tokenizer(name):
     return tokenizer
 
 
+SMALL_MODEL = 20_000_000  # parameters
+
+
+def use_threads(model, threads=0):
+    """Set the threads that PyTorch computes with on a CPU.
+
+    threads: their number.  With 0, OMP_NUM_THREADS decides if it is set; otherwise a model below
+    SMALL_MODEL parameters gets one, and a larger one what PyTorch takes, one a core.  What a small
+    model computes at a time is too short to be shared, and on a machine that is busy with other
+    work the threads wait for each other.
+    """
+    small = sum(parameter.numel() for parameter in model.parameters()) < SMALL_MODEL
+    if threads > 0:
+        torch.set_num_threads(threads)
+    elif small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def load_policy(
     name, dtype=torch.float32, device="cpu", gradient_checkpointing=False, freeze_blocks=0
 ):

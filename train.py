@@ -139,6 +139,9 @@ class Config:
     # changes what is learned, but for rounding.
     seed: int = flag(0, "of problems, noise and order: same seed, same run", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int = flag(
+        0, "CPU threads; 0: one for a small model, else one a core", low=0, high=512
+    )
     distributed: bool = flag(False, "shard over the ranks that torchrun started")
     replicas: int = flag(1, "groups of ranks that hold a whole model each, such as nodes", low=1)
     cpu_offload: bool = flag(False, "keep weights, gradients and moments in the host's memory")
@@ -1510,7 +1513,7 @@ def open_run(run, state):
         run.say(
             f"train.py: {run.source} was trained with {threads} threads, this run has "
             f"{torch.get_num_threads()}: sums round differently, so it is the same run only up to "
-            f"rounding (OMP_NUM_THREADS={threads} makes it the same)",
+            f"rounding (--threads {threads} makes it the same)",
             file=sys.stderr,
         )
 
@@ -1556,6 +1559,7 @@ def load_everything(config, source, reward, ranks):
         gradient_checkpointing=config.gradient_checkpointing == "on",
         freeze_blocks=config.freeze_blocks,
     )
+    policy.use_threads(model, config.threads)
     if file_problems is None:
         examples = []
         for i in range(64):
@@ -1672,9 +1676,9 @@ RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl")
 # run with any other flag changed would be a mixture of two, and no seed could give it again.  More
 # iterations stretch the cosine of the learning rate.
 FREE_ON_RESUME = """
-    iterations device distributed replicas cpu_offload output_dir eval_every eval_completions
-    checkpoint_every keep_checkpoints samples resume overwrite micro_batch model rollout_batch
-    wandb tensorboard
+    iterations device threads distributed replicas cpu_offload output_dir eval_every
+    eval_completions checkpoint_every keep_checkpoints samples resume overwrite micro_batch model
+    rollout_batch wandb tensorboard
 """.split()
 INPUTS = ("train_file", "eval_file", "reward")  # the user's files are compared by content
 

@@ -1202,8 +1202,47 @@ def test_another_number_of_threads_is_said(inputs, tmp_path, capsys):
     run(folder / "run", *flags, iterations=3)
     error = capsys.readouterr().err
     assert "was trained with 99 threads, this run has" in error
-    assert "OMP_NUM_THREADS=99" in error
+    assert "--threads 99" in error
     assert error.count("\n") == 1
+
+
+def test_a_small_model_gets_one_thread(monkeypatch):
+    """Guards against two threads that wait for each other on a busy machine: 1,030 s, not 80.
+
+    --threads and OMP_NUM_THREADS win, in this order, and a large model keeps what PyTorch takes.
+    """
+    small = torch.nn.Linear(10, 10)
+    large = torch.nn.Linear(policy.SMALL_MODEL, 1, device="meta")
+    before = torch.get_num_threads()
+    try:
+        for model, threads, variable, expected in (
+            (small, 0, None, 1),
+            (small, 0, "3", 3),
+            (small, 2, "3", 2),
+            (large, 0, None, 3),
+            (large, 2, None, 2),
+        ):
+            torch.set_num_threads(3)
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if variable:
+                monkeypatch.setenv("OMP_NUM_THREADS", variable)
+            policy.use_threads(model, threads)
+            assert torch.get_num_threads() == expected, (threads, variable)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_are_printed_and_may_change_after_a_resume(inputs, tmp_path, capsys):
+    """Guards against a flag that is read and not used."""
+    before = torch.get_num_threads()
+    folder = shutil.copytree(inputs, tmp_path / "copy")
+    try:
+        run(folder / "run", *input_flags(folder), "--resume", "auto", "--threads", 2, iterations=2)
+    finally:
+        torch.set_num_threads(before)
+    said = capsys.readouterr()
+    assert "of 2 threads" in said.out
+    assert "was trained with 1 threads, this run has 2" in said.err
 
 
 # ------------------------------------------------------------------------- B18: what the field does
