@@ -26,6 +26,7 @@ completions, evaluate(), result files, the paired comparison, worst completions,
 """
 
 import argparse
+import difflib
 import functools
 import itertools
 import json
@@ -755,6 +756,28 @@ def make_output_printable():
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but a flag that there is not brings up the nearest one that there is."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            nearest = self.nearest_flag(flag)
+            hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
+            self.error(f"there is no flag {flag}; {hint}")
+        return arguments
+
+    def nearest_flag(self, flag):
+        """The flag of which this one is the initials (--lr), or which is spelled most like it."""
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        for name in names:
+            initials = "".join(word[0] for word in name.strip("-").split("-"))
+            if flag.strip("-") == initials:
+                return name
+        # Of two that are alike, the one with the given word in it.
+        parts = [name for name in names if flag.strip("-") in name.strip("-").split("-")]
+        close = difflib.get_close_matches(flag, parts or names, n=1, cutoff=0.0 if parts else 0.6)
+        return close[0] if close else None
 
     def error(self, message):
         """Print the sentence and exit.  Of the ranks of a node only the first one prints it.

@@ -168,6 +168,10 @@ class Config:
                 f"--minibatches {self.minibatches} is more than "
                 f"--problems-per-iteration {self.problems_per_iteration}"
             )
+        if self.train_file and not self.eval_file:
+            raise ValueError(
+                "--train-file needs --eval-file: made products say nothing about a task of your own"
+            )
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite contradict each other")
         for package in ("wandb", "tensorboard"):

@@ -548,7 +548,12 @@ def refused(capsys, folder, *flags):
         ("--eval-only --checkpoint /nowhere", "/nowhere"),
         ("--resume auto --overwrite", "--overwrite"),
         ("--resume /nowhere", "/nowhere"),
-        ("--train-file /nowhere.jsonl", "/nowhere.jsonl"),
+        ("--train-file /nowhere.jsonl --eval-file /nowhere.jsonl", "/nowhere.jsonl"),
+        ("--train-file /nowhere.jsonl", "needs --eval-file"),
+        ("--lr 1e-4", "there is no flag --lr; did you mean --learning-rate?"),
+        ("--lerning-rate=1e-4", "there is no flag --lerning-rate; did you mean --learning-rate?"),
+        ("--batch 8", "there is no flag --batch; did you mean --micro-batch?"),
+        ("--xyzzy", "there is no flag --xyzzy; --help lists all flags"),
         ("--distributed", "--distributed"),
         ("--cpu-offload --device cpu", "--cpu-offload"),
         ("--seed -1", "--seed"),
@@ -676,7 +681,7 @@ def test_bad_lines_are_named(bad, word, capsys, tmp_path):
     good = json.dumps({"prompt": "12*11=", "answer": 132})
     path = tmp_path / "bad.jsonl"
     path.write_text(good + "\n" + bad + "\n")
-    assert word in refused(capsys, tmp_path / "run", "--train-file", path)
+    assert word in refused(capsys, tmp_path / "run", "--train-file", path, "--eval-file", path)
     assert not (tmp_path / "run").exists()
 
 

@@ -853,8 +853,8 @@ def test_a_pipe_is_read_once(tmp_path):
     """--train-file <(zcat ...): a checksum would leave nothing to be read."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    config = train.Config(train_file=str(pipe))
-    assert train.input_files(config) == {"--train-file": str(pipe)}
+    config = train.Config(train_file=str(pipe), eval_file=str(pipe))
+    assert train.input_files(config) == {"--train-file": str(pipe), "--eval-file": str(pipe)}
 
 
 # ----------------------------------------------------------------------- B13: a reward of one's own
