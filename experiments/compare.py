@@ -70,7 +70,10 @@ HARD = QUICK.replace("--eval-every 6", "--eval-every 4")
 HARD += " --model tiny_base/hard --digits 3x3 --max-new-tokens 128"
 
 # Products of 2 and 3 digits, `python train.py --config task`, by the same policy steps for all.
-TASK = "--config task --eval-problems 500 --checkpoint-every 1000 --keep-checkpoints 1 --samples 0"
+TASK = (
+    "--config task --problems-per-iteration 128 --eval-problems 500 --checkpoint-every 1000 "
+    "--keep-checkpoints 1 --samples 0"
+)
 RACE = f"{TASK} --iterations 10 --eval-every 2 --final-rate 1"
 TASK_METHODS = {
     "A* h=0": "--guide none",
