@@ -444,6 +444,12 @@ def append_rows(path, rows):
     sync_to_disk(path)
 
 
+def read_rows(path):
+    """The objects of a file that append_rows has written."""
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
 def sync_to_disk(path):
     """Make a file or folder survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

@@ -31,6 +31,7 @@ import random
 import resource
 import signal
 import sys
+import textwrap
 import time
 
 import torch
@@ -300,7 +301,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if arguments.eval_only:
-        run.say(evaluation.format_report(evaluate(run)))
+        result, _ = evaluate(run)
+        run.say(evaluation.format_report(result))
         return fsdp.shutdown(run.ranks)
 
     print_start(run, arguments.companions)
@@ -313,12 +315,11 @@ def main(argv=None):
     stop_signal = None
     with explain_failures(run), StopSignals(ranks) as signals:
         if not run.source:  # a new run: first the accuracy of the base
+            run.say(f"the base on {len(run.eval_problems)} held-out problems ...")
             row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
             log_row(run, row)
-            run.say(
-                f"before: {config.eval_decode} accuracy {row['eval_accuracy']:.3f}, "
-                f"format {row['eval_format']:.3f}"
-            )
+            run.say(f"{config.eval_decode} accuracy before training: {row['eval_accuracy']:.3f}")
+            print_example(run)
 
         for iteration in range(run.iteration + 1, config.iterations + 1):
             stop_signal = signals.first()
@@ -885,15 +886,18 @@ def summarise(rollouts, texts, verdicts, problems, config, ranks):
     rewards = rollouts.extra["rewards"]
     correct = [verdict["correct"] for verdict in verdicts]
     distinct = set()  # right completions
+    solved = set()  # problems
     for problem, text, is_correct in zip(rollouts.problem.tolist(), texts, correct):
         if is_correct:
             distinct.add((problem, text))
+            solved.add(problem)
     lengths = (rollouts.length - rollouts.prompt_length).float()
     # Sums over this rank's problems.  Divided by the number of problems they are means: the weights
     # of a problem's leaves sum to 1, and a problem without a leaf counts 0.
     per_problem = {
         "reward_mean": (weight * rewards).sum().item(),
         "rollout_accuracy": (importance * torch.tensor(correct).float()).sum().item(),
+        "solved": len(solved),
         "unique_correct": len(distinct),
         "leaves": len(rollouts),
         "mass": rollouts.stats["mass"],
@@ -947,10 +951,10 @@ def sample_rows(config, iteration, indices, rollouts, texts, verdicts, problems,
 
 
 def evaluate(run):
-    """Accuracy and other figures on the held-out problems: the result of evaluation.evaluate."""
+    """Accuracy and other figures on the held-out problems: what evaluation.evaluate returns."""
     config = run.config
     with averaged_weights(run), fsdp.full_weights(run.model, run.head):
-        result, _ = evaluation.evaluate(
+        return evaluation.evaluate(
             run.model,
             run.tokenizer,
             run.eval_problems,
@@ -965,7 +969,6 @@ def evaluate(run):
             max_nodes=config.max_nodes,
             batch=config.rollout_batch,
         )
-    return result
 
 
 def fresh_explained_variance(run, iteration, most=128):
@@ -1011,15 +1014,17 @@ def log_row(run, row):
     iteration = row["iteration"]
     if iteration % config.eval_every == 0 or iteration == config.iterations:
         run.clock.enter("evaluation")
-        result = evaluate(run)
+        result, evaluated_problems = evaluate(run)
         row["eval_explained_variance"] = fresh_explained_variance(run, iteration)
         run.clock.enter("other")
-        run.evaluated[iteration] = result["accuracy"]
+        run.example = evaluated_problems[0]
         row["eval_accuracy"] = result["accuracy"]
         row["eval_format"] = result["format"]
         row["eval_accuracy_by_difficulty"] = result["accuracy_by_difficulty"]
         row["eval_length"] = result["completion_length"]
     row["seconds"] = run.clock.seconds()
+    if "eval_accuracy" in row:
+        run.evaluated.append(row)
     if run.ranks.is_main:
         fsdp.append_rows(run.path("metrics.jsonl"), [row])
         for logger in run.loggers:
@@ -1115,36 +1120,109 @@ def print_start(run, companions):
         run.say(f"resumed from {source}, after iteration {run.iteration}")
 
 
+# A line of the terminal: heading and width.  found: the share of problems of which a rollout is
+# right, which a search is told.  The last column, accuracy on held-out problems, is named by how
+# they are decoded.
+COLUMNS = {
+    "iteration": 9,
+    "found": 5,
+    "reward": 6,
+    "length": 6,
+    "leaves": 6,
+    "kl": 6,
+    "clip": 4,
+    "entropy": 7,
+    "tokens": 9,
+    "s/iter": 6,
+    "left": 7,
+}
+
+
 def print_iteration(run, row):
-    """One line for the terminal."""
-    n = row["iteration"]
-    if row["approx_kl"] is None:
-        step = "no step of the policy"
-    else:
-        step = (
-            f"kl {row['approx_kl']:.4f}  clip {row['clip_fraction']:.2f}  "
-            f"entropy {row['entropy']:.2f}"
+    """A line for the terminal, after a heading now and then; at an evaluation, an example."""
+    config, n = run.config, row["iteration"]
+    if run.printed is None or n % 20 == 1:
+        heading = [f"{name:>{width}}" for name, width in COLUMNS.items()]
+        run.say("  ".join([*heading, f"{config.eval_decode:>6}"]))
+    before = run.printed or {"seconds": run.clock.seconds_before}
+    this_process = row["seconds"] - run.clock.seconds_before
+    left = this_process / (n - run.first_iteration) * (config.iterations - n)
+    cells = [
+        f"{n}/{config.iterations}",
+        f"{row['solved']:.3f}",
+        f"{row['reward_mean']:+.2f}",
+        f"{row['completion_length']:.1f}",
+        f"{row['leaves']:.1f}",
+        shown_number(row["approx_kl"], 4),
+        shown_number(row["clip_fraction"], 2),
+        shown_number(row["entropy"], 2),
+        f"{row['model_tokens'] / 1e3:,.0f} k",
+        f"{row['seconds'] - before['seconds']:.1f}",
+        shown_seconds(left),
+    ]
+    cells = [f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values())]
+    accuracy = run.evaluated[-1]["eval_accuracy"] if run.evaluated else None
+    run.say("  ".join([*cells, f"{shown_number(accuracy, 3):>6}"]))
+    run.printed = row
+    if "eval_accuracy" in row:
+        print_example(run)
+    print_warnings(run, row)
+
+
+def shown_number(number, digits):
+    """A number of a table, or a dash for one that there is not."""
+    return "-" if number is None else f"{number:.{digits}f}"
+
+
+def shown_seconds(seconds):
+    """40 s, 35 min, 2.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def print_example(run):
+    """What the model writes now for one held-out problem, always the same one."""
+    completion = run.example["completions"][0]
+    verdict = "right" if completion["correct"] else "wrong"
+    text = " ".join(f"{run.example['prompt']}{completion['text']}".split())
+    lines = textwrap.wrap(text, width=80, break_on_hyphens=False, max_lines=4, placeholder=" ...")
+    for i, line in enumerate(lines):
+        run.say(f"{verdict if i == 0 else '':>15}  {line}")
+
+
+def print_warnings(run, row):
+    """A sentence where the numbers of an iteration say that something is wrong."""
+    run.unsolved = 0 if row["solved"] > 0 else run.unsolved + 1
+    if run.unsolved > 0 and run.unsolved % 5 == 0:
+        run.say(
+            f"no rollout was right in the last {run.unsolved} iterations, so there is little to "
+            "learn from: more --max-nodes, easier problems, or a reward for part of an answer?"
         )
-    evaluated = f"  | eval {run.evaluated[n]:.3f}" if n in run.evaluated else ""
-    run.say(
-        f"{n:4d}/{run.config.iterations}  accuracy {row['rollout_accuracy']:.3f}  "
-        f"reward {row['reward_mean']:+.2f}  length {row['completion_length']:5.1f}  "
-        f"leaves {row['leaves']:.1f}  {step}  tokens {run.model_tokens:,d}  "
-        f"seconds {row['seconds']:.0f}{evaluated}"
-    )
+    cut_off = row["truncated"] > 0.5
+    if cut_off and (row["iteration"] % 20 == 1 or row["iteration"] == run.first_iteration + 1):
+        run.say(
+            f"most completions are cut off at --max-new-tokens {run.config.max_new_tokens}: "
+            "does the model go on after its answer (--stop TEXT), or is the limit too low?"
+        )
 
 
 def print_end(run):
-    """Accuracies, cost, and where the files are."""
+    """All evaluations, the cost, and where the files are."""
+    config = run.config
     if run.ranks.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(run.ranks.device) / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-    accuracies = ", ".join(f"{x:.3f} after {i}" for i, x in run.evaluated.items())
-    run.say(
-        f"\n{run.config.eval_decode} accuracy on {len(run.eval_problems)} held-out problems: "
-        f"{accuracies or 'none since the resume'}"
-    )
+    run.say(f"\n{config.eval_decode} decoding of {len(run.eval_problems)} held-out problems")
+    run.say("iteration  accuracy  well-formed  length  model tokens  seconds")
+    for row in run.evaluated:
+        run.say(
+            f"{row['iteration']:9d}  {row['eval_accuracy']:8.3f}  {row['eval_format']:11.3f}  "
+            f"{row['eval_length']:6.1f}  {row['model_tokens']:12,d}  {row['seconds']:7.0f}"
+        )
     seconds = run.clock.seconds()
     run.clock.enter("other")
     phases = [f"{name} {t:.0f} s" for name, t in run.clock.phases.items() if name != "other"]
@@ -1358,7 +1436,11 @@ class Run:
     clock: Clock | None = None
     lock: int | None = None  # file handle that keeps other runs out of the output folder
     loggers: list = dataclasses.field(default_factory=list)
-    evaluated: dict = dataclasses.field(default_factory=dict)  # iteration -> accuracy
+    evaluated: list = dataclasses.field(default_factory=list)  # rows of metrics.jsonl
+    example: dict | None = None  # the first held-out problem, as the last evaluation decoded it
+    printed: dict | None = None  # the row that the terminal showed last
+    unsolved: int = 0  # iterations since a right completion was last found
+    first_iteration: int = 0  # finished when this process began
 
     def path(self, name):
         """The path of a file in the output folder."""
@@ -1486,7 +1568,7 @@ def open_run(run, state):
     The folder is changed last.  A run that cannot write a checkpoint there leaves it as it was.
     """
     config = run.config
-    run.iteration = state["iteration"]
+    run.iteration = run.first_iteration = state["iteration"]
     run.model_tokens = state["model_tokens"]
     if run.source:
 
@@ -1542,8 +1624,11 @@ def prepare_output(run, found):
 
     def make_ready():
         open_output(config, run.source, run.iteration, found)
+        return fsdp.read_rows(run.path("metrics.jsonl"))
 
-    fsdp.on_main(make_ready, run.ranks)
+    rows = fsdp.on_main(make_ready, run.ranks)
+    if run.ranks.is_main:  # after a resume: the evaluations before it
+        run.evaluated = [row for row in rows if "eval_accuracy" in row]
 
 
 def load_everything(config, source, reward, ranks):

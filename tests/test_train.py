@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def other_seed(tmp_path_factory):
 # ------------------------------------------------------------------------------------ What a run is
 
 METRICS = """
-    seconds model_tokens reward_mean rollout_accuracy unique_correct leaves truncated
+    seconds model_tokens reward_mean rollout_accuracy solved unique_correct leaves truncated
     completion_length policy_loss value_loss approx_kl clip_fraction entropy explained_variance
     grad_norm learning_rate
 """.split()
@@ -493,6 +494,69 @@ def test_help(capsys, monkeypatch):
             assert f"{preset}: {train.shown(setting)}" in help_of[train.flag_name(name)]
     # No path of this computer.
     assert not re.search(r"(^|[\s('\"])/\w", "\n".join(lines))
+
+
+# ------------------------------------------------------------------------------------ The terminal
+
+
+def test_what_the_terminal_shows(tmp_path, capsys):
+    """Columns that line up within 100 characters, one problem at each evaluation, and a summary
+    that holds the evaluations before a resume too, which it once forgot.
+    """
+    run(tmp_path / "run", "--eval-every", "1", iterations=2)
+    run(tmp_path / "run", "--eval-every", "1", "--resume", "auto", iterations=3)
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line.startswith("iteration  found")]
+    assert len(headings) == 2 and len(headings[0]) <= 100
+    metrics = rows(tmp_path / "run" / "metrics.jsonl")
+    columns = headings[0].split()
+    shown = [line for line in lines if re.match(r" +[123]/[23] ", line)]
+    assert [line.split()[0] for line in shown] == ["1/2", "2/2", "3/3"]
+    for line, row in zip(shown, metrics[1:]):
+        assert len(line) == len(headings[0])
+        # "5 k" and "3 s" are one cell each
+        cells = dict(zip(columns, re.sub(r"(?<=\d) (?=k|s|min|h)", "", line).split(), strict=True))
+        assert cells["found"] == f"{row['solved']:.3f}"
+        assert cells["greedy"] == f"{row['eval_accuracy']:.3f}"
+        assert cells["reward"] == f"{row['reward_mean']:+.2f}"
+        # A right end of each column under that of its heading.
+        assert line.index(cells["found"]) + 5 == headings[0].index("found") + 5
+    prompt = data.eval_problems(1)[0].prompt
+    examples = [line for line in lines if re.match(rf" +(right|wrong)  {re.escape(prompt)}", line)]
+    assert len(examples) == 4  # before training, and after each iteration
+    table = lines[lines.index("iteration  accuracy  well-formed  length  model tokens  seconds") :]
+    assert [int(line.split()[0]) for line in table[1:4]] == [0, 1, 2]
+    last = [line for line in lines if line.startswith("iteration  accuracy")]
+    assert len(last) == 2
+    table = lines[len(lines) - 1 - lines[::-1].index(last[1]) :]
+    assert [int(line.split()[0]) for line in table[1:5]] == [0, 1, 2, 3]
+    assert [float(line.split()[1]) for line in table[1:5]] == [
+        pytest.approx(row["eval_accuracy"], abs=5e-4) for row in metrics
+    ]
+
+
+def test_warnings_where_the_numbers_say_so(capsys):
+    """After five iterations without a right rollout, and again after ten; and on cut-off ones."""
+    state = types.SimpleNamespace(unsolved=0, first_iteration=0, say=print)
+    state.config = train.Config(max_new_tokens=7)
+    for iteration in range(1, 12):
+        train.print_warnings(state, {"iteration": iteration, "solved": 0.0, "truncated": 0.1})
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert "no rollout was right in the last 5 iterations" in said[0]
+    assert "in the last 10 iterations" in said[1]
+    train.print_warnings(state, {"iteration": 12, "solved": 0.1, "truncated": 0.6})
+    assert state.unsolved == 0 and capsys.readouterr().out == ""
+    train.print_warnings(state, {"iteration": 21, "solved": 0.1, "truncated": 0.6})
+    assert "most completions are cut off at --max-new-tokens 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "seconds, text", [(0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5399, "90 min"), (9000, "2.5 h")]
+)
+def test_seconds_as_a_person_says_them(seconds, text):
+    """Guards against a wrong unit."""
+    assert train.shown_seconds(seconds) == text
 
 
 # -------------------------------------------------------------------------------- What can go wrong
