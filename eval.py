@@ -361,10 +361,12 @@ def completion_text(tokenizer, prompt_ids, ids):
     return text
 
 
-def unknown_prompts(tokenizer, problems):
-    """One sentence if some prompts are mostly unknown to the tokenizer, else "".
+def check_known(tokenizer, problems):
+    """Raise ValueError if a prompt holds what the tokenizer does not know.
 
-    Mostly: more than half of the tokens, or of the characters.
+    Such prompts would look alike.  It does not know what becomes its token for the unknown.  If it
+    has none, it leaves characters out: more than half of them is refused, because fewer may only be
+    spelled otherwise, such as capitals.
     """
     # Not every tokenizer names its token for the unknown.  So it is asked for a character that it
     # hardly knows.  There is no such token if it spells the character in bytes, or leaves it out.
@@ -381,16 +383,16 @@ def unknown_prompts(tokenizer, problems):
         known = astar_search.text_of(tokenizer, [token for token in ids if token != unknown])
         text = "".join(problem.text.split())  # without white space, which some tokenizers drop
         known = "".join(known.split())
-        if 2 * ids.count(unknown) > len(ids) or 2 * len(known) < len(text):
+        if unknown in ids or 2 * len(known) < len(text):
             texts.append(problem.text)
             lost |= set(text) - set(known)
     if not texts:
-        return ""
+        return
     # Where words are tokens no character need be lost, as each is known as part of another word.
     names = ", ".join(repr(character) for character in sorted(lost or set(texts[0]))[:8])
-    return (
-        f"{len(texts)} of {len(problems)} prompts become mostly unknown tokens, such as "
-        f"{reward_module.shorten(texts[0])}: the tokenizer does not know {names}"
+    raise ValueError(
+        f"{len(texts)} of {len(problems)} prompts hold what the model's tokenizer does not know, "
+        f"such as {reward_module.shorten(texts[0])}: {names}"
     )
 
 
@@ -926,9 +928,7 @@ def load_model(arguments, problems, ranks):
     model, tokenizer = policy.load_policy(arguments.model, device=ranks.device)
     policy.use_threads(model, arguments.threads)
     prompts = encode_prompts(tokenizer, problems)
-    warning = unknown_prompts(tokenizer, problems)
-    if warning and ranks.is_main:
-        print(f"eval.py: {warning}", file=sys.stderr)
+    check_known(tokenizer, problems)
     longest_prompt = max(len(ids) for ids in prompts)
     policy.check_context(model, longest_prompt, arguments.max_new_tokens)
     astar_search.check_model(model, longest=longest_prompt + arguments.max_new_tokens)

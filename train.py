@@ -72,7 +72,11 @@ class Config:
     model: str = flag(TINY_BASE, "folder or hub id of the base model")
     prompt: str = flag("terse", "prompt style", choices=tuple(data.PROMPTS))
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
-    train_file: str = flag("", "jsonl file of training problems (prompt, answer), not made ones")
+    train_file: str = flag(
+        "",
+        "jsonl file of training problems (prompt, answer), not made ones; the tiny base knows "
+        "0-9 * = + - , space, new line and the tags",
+    )
     eval_file: str = flag("", "jsonl file of evaluation problems")
     reward: str = flag("", "FILE.py:FUNCTION, a reward of your own; the next two flags are unused")
     format_bonus: float = flag(0.1, "added to the reward of a well-formed completion", low=0)
@@ -1660,9 +1664,7 @@ def load_everything(config, source, reward, ranks):
         for text in ("", f"<answer>{problem.answer}</answer>"):
             reward.judge(problem, problem.prefill + text)
     prompts = evaluation.encode_prompts(tokenizer, examples + eval_problems)
-    warning = evaluation.unknown_prompts(tokenizer, examples + eval_problems)
-    if warning and ranks.is_main:
-        print(f"train.py: {warning}", file=sys.stderr)
+    evaluation.check_known(tokenizer, examples + eval_problems)
     longest = max(len(prompt) for prompt in prompts)
     policy.check_context(model, longest, config.max_new_tokens)
     if ranks.is_main:  # the others have the same model, and learn of a failure

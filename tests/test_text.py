@@ -486,46 +486,54 @@ def test_a_tokenizer_that_changes_the_prompt_is_refused():
         evaluation.encode_prompts(Shifting(), [PROBLEM])
 
 
-def test_prompts_of_unknown_tokens_are_said():
+def unknown(tokenizer, problems):
+    """What check_known says, or "" if it says nothing."""
+    try:
+        evaluation.check_known(tokenizer, problems)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_prompts_of_unknown_tokens_are_refused():
     """Guards against a run on prompts that all look alike to the model."""
     hard = data.Problem("日本は1=", 1)
-    half = data.Problem("日=", 1)  # not more than half
+    half = data.Problem("日=", 1)  # one of two characters
     problems = [PROBLEM, hard, half, half]
     for kind in ("Metaspace always", "Metaspace never", "suffix"):
         tokenizer = build(kind, template="<s> $A")
-        sentence = evaluation.unknown_prompts(tokenizer, problems)
-        assert sentence.startswith(
-            "1 of 4 prompts become mostly unknown tokens, such as '日本は1='"
+        assert unknown(tokenizer, problems) == (
+            "3 of 4 prompts hold what the model's tokenizer does not know, such as '日本は1=': "
+            "'は', '日', '本'"
         )
-        assert sentence.endswith("the tokenizer does not know 'は', '日', '本'")
-        assert evaluation.unknown_prompts(tokenizer, problems[:1]) == ""
+        assert unknown(tokenizer, problems[:1]) == ""
     for kind in ("byte-level", "Llama"):
-        assert evaluation.unknown_prompts(build(kind), problems) == ""
+        assert unknown(build(kind), problems) == ""
 
     # The token is not named by the tokenizer, or one stands for several characters, or there is
     # none and the characters are left out.
-    for unknown, fuse in (("<unk>", False), ("<unk>", True), (None, False)):
+    for token, fuse, n in (("<unk>", False, 3), ("<unk>", True, 3), (None, False, 1)):
         vocabulary = numbered(["<unk>", *"0123456789=*"])
-        pieces = Tokenizer(models.BPE(vocabulary, [], unk_token=unknown, fuse_unk=fuse))
+        pieces = Tokenizer(models.BPE(vocabulary, [], unk_token=token, fuse_unk=fuse))
         pieces.decoder = decoders.Fuse()
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=pieces)
-        sentence = evaluation.unknown_prompts(tokenizer, problems)
-        assert sentence.startswith("1 of 4") and sentence.endswith("not know 'は', '日', '本'")
+        sentence = unknown(tokenizer, problems)
+        assert sentence.startswith(f"{n} of 4") and sentence.endswith(": 'は', '日', '本'")
 
 
 def test_words_are_known_though_their_characters_are_not():
     """Guards against a false alarm where tokens are whole words, and against silence there."""
     known = data.Problem("34 =", 3)
     strange = data.Problem("34 56 78", 3)
-    for unknown in ("<unk>", None):
-        words = Tokenizer(models.WordLevel(numbered(["<unk>", "34", "="]), unk_token=unknown))
+    for token in ("<unk>", None):
+        words = Tokenizer(models.WordLevel(numbered(["<unk>", "34", "="]), unk_token=token))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words)
-        assert evaluation.unknown_prompts(tokenizer, [known]) == ""
-        if unknown:
-            sentence = evaluation.unknown_prompts(tokenizer, [known, strange])
+        assert unknown(tokenizer, [known]) == ""
+        if token:
+            sentence = unknown(tokenizer, [known, strange])
             assert sentence.startswith("1 of 2")
-            assert sentence.endswith("does not know '5', '6', '7', '8'")
+            assert sentence.endswith("'34 56 78': '5', '6', '7', '8'")
 
 
 # ----------------------------------------------------------------------------------- Whole programs
@@ -597,20 +605,20 @@ def test_a_search_that_stops_when_it_is_right_reads_the_same_text(tmp_path):
     assert right == {p for p, tree in enumerate(trees) if tree.stopped == "done"}
 
 
-def test_unknown_prompts_are_said_once_at_set_up(tmp_path, capsys):
-    """Guards against silence, and against a run that ends because of it."""
+def test_unknown_prompts_are_refused_at_set_up(tmp_path, capsys):
+    """Guards against a run that cannot read its problems, after a warning or none."""
     path = tmp_path / "task.jsonl"
     line = json.dumps({"prompt": "é日本=", "answer": 3})
     path.write_text(line + "\n" + line.replace("3", "4") + "\n")
     flags = ["--eval-file", str(path), "--max-new-tokens", "4", "--device", "cpu"]
-    evaluation.main(flags)
-    errors = capsys.readouterr().err
-    said = "eval.py: 2 of 2 prompts become mostly unknown tokens, such as 'é日本='"
-    assert errors.count(said) == 1 and "does not know 'é', '日', '本'" in errors
-
-    config, _, _ = train.parse_arguments([*flags, "--train-file", str(path)])
-    ranks = fsdp.init_ranks(device="cpu")
-    train.load_everything(config, "", reward.Reward(), ranks)
-    errors = capsys.readouterr().err
-    assert errors.count("train.py: 4 of 4 prompts become mostly unknown tokens") == 1
-    assert "'日'" in errors
+    for main, n, more in (
+        (evaluation.main, 2, []),
+        (train.main, 4, ["--train-file", str(path), "--output-dir", str(tmp_path / "run")]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*flags, *more])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err
+        assert f"{n} of {n} prompts hold what the model's tokenizer does not know" in said
+        assert "such as 'é日本=': 'é', '日', '本'" in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
