@@ -925,6 +925,7 @@ def load_model(arguments, problems, ranks):
     Raises ValueError if the model cannot be loaded, if it cannot serve the search, or if a prompt
     and its completion do not fit into its context.
     """
+    arguments.model = fsdp.newest_checkpoint(arguments.model)
     model, tokenizer = policy.load_policy(arguments.model, device=ranks.device)
     policy.use_threads(model, arguments.threads)
     prompts = encode_prompts(tokenizer, problems)

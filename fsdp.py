@@ -523,6 +523,12 @@ def list_checkpoints(folder):
     return sorted(paths, key=checkpoint_iteration)
 
 
+def newest_checkpoint(folder):
+    """The newest checkpoint of a run's folder.  Another folder, or a hub id, stands for itself."""
+    found = list_checkpoints(folder)
+    return found[-1] if found else folder
+
+
 def prune_checkpoints(folder, iteration, keep):
     """Remove the checkpoints after an iteration, and all but the newest `keep` of the others.
 

@@ -67,7 +67,10 @@ def read_config(name):
         logging.getLogger(library).setLevel(logging.ERROR)
 
     if os.path.isfile(name):
-        raise ValueError(f"--model {name}: this is a file; give the model's folder or a hub id")
+        raise ValueError(
+            f"--model {name}: this is a file; expected is a model's folder (config.json, "
+            "model.safetensors, a tokenizer), a run's folder, or a hub id"
+        )
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise ValueError(
@@ -79,7 +82,8 @@ def read_config(name):
             f"--model {name}: there is no such folder, "
             "and it is not a hub id such as Qwen/Qwen2.5-3B"
         )
-    with one_sentence(f"--model {name}: its config cannot be had"):
+    nowhere = "" if os.path.isdir(name) else "there is no such folder, and "
+    with one_sentence(f"--model {name}: {nowhere}its config cannot be had"):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
 
     # No dropout: with it pi_theta would differ from pi_old before any update, and the ratio would

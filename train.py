@@ -9,7 +9,7 @@
     python train.py --config ppo                      # Gumbel A* and PPO-clip with GAE
     python train.py --rollout sample                  # i.i.d. sampling: the baseline
     torchrun --standalone --nproc_per_node=4 train.py --config training --distributed  # Qwen2.5-3B
-    python train.py --resume auto                     # go on after a stop
+    python train.py --resume runs/local               # go on after a stop, with that run's flags
     python train.py --eval-only --checkpoint runs/local/checkpoint_iter_360
 
 After the flags comes the loop, `main()`, one phase after the other.  Below it is what it calls: the
@@ -160,13 +160,21 @@ class Config:
     samples: int = flag(4, "rollouts an iteration that are written to samples.jsonl", low=0)
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too, in the output folder")
-    resume: str = flag("", "auto: go on from the newest checkpoint; or a checkpoint folder")
+    resume: str = flag(
+        "",
+        "go on with the run in this folder (its own, or a checkpoint's), by its own flags unless "
+        "--config is named; auto: with the run in the output folder, by the flags that are given",
+    )
     overwrite: bool = flag(False, "remove the run that the output folder holds")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_flag(field, getattr(self, field.name))
         data.parse_digits(self.digits)
+        # A run's folder stands for its newest checkpoint.
+        self.model = fsdp.newest_checkpoint(self.model)
+        if self.resume != "auto":
+            self.resume = fsdp.newest_checkpoint(self.resume)
         self.stop = evaluation.stop_texts(self.stop)
         if self.minibatches > self.problems_per_iteration:
             raise ValueError(
@@ -1598,6 +1606,12 @@ def open_run(run, state):
         if run.lock is not None:
             os.close(run.lock)
         raise
+    iterations = state.get("config", {}).get("iterations", config.iterations)
+    if iterations != config.iterations:
+        run.say(
+            f"--iterations {config.iterations}, before {iterations}: from here on the learning "
+            "rate follows the cosine of the new length"
+        )
     threads = state.get("threads", torch.get_num_threads())
     if threads != torch.get_num_threads():
         run.say(
@@ -1865,8 +1879,8 @@ def check_same_run(config, state, source):
         before = state["config"].get(name, defaults[name])
         if not free and given != before:
             raise ValueError(
-                f"{flag_name(name)} {given} differs from the {before} "
-                f"that {source} was trained with"
+                f"{flag_name(name)} {given} differs from the {before} that {source} was trained "
+                f"with; --resume {os.path.dirname(source)} takes that run's own flags"
             )
 
 
@@ -1968,7 +1982,7 @@ def make_parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config", choices=tuple(PRESETS), default="local", help="preset; flags change it"
+        "--config", choices=tuple(PRESETS), help="preset; flags change it (default local)"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
     parser.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint for --eval-only")
@@ -2007,6 +2021,38 @@ def companion_flags(given, preset):
     }
 
 
+def flags_of_checkpoint(folder):
+    """{field: value} of the run that wrote a checkpoint, but for how that process was run."""
+    flags = fsdp.read_trainer_state(folder)["config"]
+    for name in OF_ONE_PROCESS:
+        flags.pop(name, None)
+    return flags
+
+
+def flags_of_run(folder, given):
+    """{field: value} with which --resume FOLDER goes on: those of the run there, in its folder.
+
+    folder: a run's, of which the newest whole checkpoint counts, or a checkpoint.  given: {field:
+    value} of the command line; with another --output-dir the run goes on there.  Raises ValueError
+    if there is no whole checkpoint.
+    """
+    checkpoints = fsdp.list_checkpoints(folder) or [folder]
+    for source in checkpoints[::-1]:
+        try:
+            flags = flags_of_checkpoint(source)
+            break
+        except ValueError:
+            if source == checkpoints[0]:
+                raise
+    home = os.path.dirname(os.path.abspath(source))
+    if checkpoints != [folder]:
+        home = folder
+        # The run goes on from its newest checkpoint, and says if that one is damaged.
+        if os.path.abspath(given.get("output_dir", home)) == os.path.abspath(home):
+            source = "auto"
+    return flags | {"resume": source, "output_dir": home}
+
+
 def parse_arguments(argv=None):
     """argv -> (Config, arguments, parser).  A mistake is one sentence on stderr, exit status 2.
 
@@ -2023,11 +2069,12 @@ def parse_arguments(argv=None):
         if arguments.eval_only != bool(arguments.checkpoint):
             raise ValueError("--eval-only and --checkpoint FOLDER go together")
         if arguments.eval_only:
-            preset = fsdp.read_trainer_state(arguments.checkpoint)["config"]
-            for name in OF_ONE_PROCESS:
-                preset.pop(name, None)
+            arguments.checkpoint = fsdp.newest_checkpoint(arguments.checkpoint)
+            preset = flags_of_checkpoint(arguments.checkpoint)
+        elif given.get("resume", "auto") not in ("", "auto") and not arguments.config:
+            preset = flags_of_run(given.pop("resume"), given)
         else:
-            preset = PRESETS[arguments.config]
+            preset = PRESETS[arguments.config or "local"]
             arguments.companions = companion_flags(given, preset)
         config = Config(**{**preset, **arguments.companions, **given})
     except (ValueError, TypeError, OSError) as error:

@@ -485,6 +485,7 @@ def describe_search(arguments, value_function, model_tokens):
 
 def draw(arguments):
     """Search as the flags say.  Returns the record of the search."""
+    arguments.model = fsdp.newest_checkpoint(arguments.model)
     model, tokenizer = policy.load_policy(arguments.model)
     problem = problem_of_prompt(arguments.prompt, arguments.answer)
     (prompt,) = evaluation.encode_prompts(tokenizer, [problem])

@@ -147,6 +147,48 @@ def test_resume_is_exact(finished, killed, tmp_path, capsys):
     assert equal(tensors(folder / last), tensors(finished / last))
 
 
+def test_a_run_goes_on_without_its_flags_typed_again(finished, killed, tmp_path, capsys):
+    """--resume FOLDER: the run's own flags, those given beside it, and what may not change."""
+    folder = shutil.copytree(killed, tmp_path / "run")
+    train.main(["--resume", str(folder)])
+    assert timeless(folder) == timeless(finished)
+    # A longer run: what it does to the learning rate is said.
+    capsys.readouterr()
+    train.main(["--resume", str(folder), "--iterations", "5"])
+    said = capsys.readouterr().out
+    assert "--iterations 5, before 4: from here on the learning rate follows the cosine" in said
+    assert [row["iteration"] for row in rows(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    # A checkpoint, and another folder to go on in.
+    source = finished / "checkpoint_iter_3"
+    other = tmp_path / "other"
+    train.main(["--resume", str(source), "--output-dir", str(other)])
+    assert timeless(other) == timeless(finished)[4:]
+    capsys.readouterr()
+    error = refused(capsys, other, "--resume", other, "--beta", "0.3")
+    assert (
+        f"--beta 0.3 differs from the 0.2 that {other}/checkpoint_iter_4 was trained with" in error
+    )
+    error = refused(capsys, other, "--config", "quick", "--resume", "auto")
+    assert f"--resume {other} takes that run's own flags" in error
+    assert "trainer_state.json" in refused(capsys, tmp_path / "new", "--resume", tmp_path)
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(finished, tmp_path, capsys):
+    """For the model of another run, for an evaluation, and for --eval-only."""
+    newest = f"{finished}/checkpoint_iter_4"
+    assert train.Config(model=str(finished)).model == newest
+    evaluation.main(["--model", str(finished), "--n", "3", "--device", "cpu"])
+    assert newest in capsys.readouterr().out
+    train.main(["--eval-only", "--checkpoint", str(finished), "--eval-problems", "3"])
+    assert "accuracy" in capsys.readouterr().out
+    # A folder of none, a file of another library.
+    (tmp_path / "model.pt").write_bytes(b"")
+    error = refused(capsys, tmp_path / "run", "--model", tmp_path / "model.pt")
+    assert "this is a file; expected is a model's folder" in error
+    error = refused(capsys, tmp_path / "run", "--model", "runs/nothing-here")
+    assert "there is no such folder, and its config cannot be had" in error
+
+
 def test_the_average_of_the_weights_by_hand(tmp_path):
     """Steps 1, 2, 3 have d = 1/10, 2/11, 3/12: a = w1; then 2/11 w1 + 9/11 w2; then with w3.
 
