@@ -54,10 +54,10 @@ def folded(text, width=96):
     return "\n".join(lines)
 
 
-def draw(runs, moments, texts, path):
+def draw(runs, prompt, moments, texts, path):
     """Write the picture.  runs: (name, rows) of each, the first one bold and by difficulty.
 
-    texts: (what was written, is it right?) at each moment.
+    texts: (what was written after the prompt, is it right?) at each moment.
     """
     import matplotlib
 
@@ -95,7 +95,8 @@ def draw(runs, moments, texts, path):
     top = 1.0
     for letter, moment, (text, right) in zip("ABCDEFGH", moments, texts):
         lines = folded(text)
-        title = f"{letter}   after {moment} iterations: {'right' if right else 'wrong'}"
+        verdict = "right" if right else "wrong"
+        title = f"{letter}   {prompt}   after {moment} iterations: {verdict}"
         page.text(0, top, title, va="top", weight="bold", fontsize=9)
         colour = "darkgreen" if right else "darkred"
         page.text(0, top - 0.07, lines, va="top", family="monospace", fontsize=8, color=colour)
@@ -130,7 +131,7 @@ def main(argv=None):
             if moment > 0:
                 folder = os.path.join(args.runs[0], f"checkpoint_iter_{moment}")
             texts.append(written(folder, problem, args.max_new_tokens))
-        draw(runs, args.moments, texts, args.png)
+        draw(runs, problem.text, args.moments, texts, args.png)
     except (ValueError, OSError) as error:
         print(f"story.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -122,7 +122,9 @@ SUITES = {
     "hard": runs(HARD_METHODS, ["5e-5", "2e-4"], [12], HARD),
     # 2-3 digits: a race over the first 10 iterations, and sampling for as long as pays
     "task": {f"{name}; first 10": f"{RACE} {flags}" for name, flags in TASK_METHODS.items()}
-    | {f"{name}; 60": f"{TASK} --iterations 60 {flags}" for name, flags in TASK_METHODS.items()},
+    | {f"{name}; 60": f"{TASK} --iterations 60 {flags}" for name, flags in TASK_METHODS.items()}
+    # as many model tokens as 350 iterations of plain A*
+    | {f"{name}; 300": f"{TASK} --iterations 300 {flags}" for name, flags in TASK_METHODS.items()},
 }
 
 
