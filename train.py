@@ -5,7 +5,7 @@
 
     python train.py                                   # the tiny base on a CPU or GPU, no download
     python train.py --config quick                    # the same base to 80 % in a minute
-    python train.py --config task                     # 2-3 digits, from 2 % to XX % in XX minutes
+    python train.py --config task                     # 2-3 digits, from 2 % to 88 % in 35 minutes
     python train.py --config ppo                      # Gumbel A* and PPO-clip with GAE
     python train.py --rollout sample                  # i.i.d. sampling: the baseline
     torchrun --standalone --nproc_per_node=4 train.py --config training --distributed  # Qwen2.5-3B
