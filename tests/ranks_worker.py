@@ -199,8 +199,9 @@ def check_groups(ranks):
 
 def check_start(ranks):
     """Nodes have command lines of their own: another seed is refused, another path is not."""
-    inputs = {"--train-file": "the checksum"}
-    train.check_same_start(train.Config(train_file=f"node{ranks.rank}.jsonl"), inputs, ranks)
+    inputs = {"--train-file": "the checksum", "--eval-file": "another"}
+    config = train.Config(train_file=f"node{ranks.rank}.jsonl", eval_file=f"{ranks.rank}.jsonl")
+    train.check_same_start(config, inputs, ranks)
     failure = failure_of(train.check_same_start, train.Config(seed=ranks.rank), {}, ranks)
     expected = "rank 1: --seed is not that of rank 0: start all nodes alike"
     assert failure == (expected if ranks.world_size > 1 else "nothing was raised")

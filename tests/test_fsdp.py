@@ -205,7 +205,7 @@ def test_two_nodes_are_two_ranks(runs, tmp_path):
     nodes = [launch(1, *words), launch(1, *words)]
     outputs = sorted(finish(node) for node in nodes)
     assert outputs[0] == ""
-    assert outputs[1].count("before: greedy accuracy") == 1
+    assert outputs[1].count("greedy accuracy before training") == 1
     assert timeless(folder) == timeless(runs[2])
     assert distance(folder / "checkpoint_iter_4", runs[2] / "checkpoint_iter_4") == 0
 

@@ -18,7 +18,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -347,24 +346,28 @@ def check_script(name, argv):
     if "parse" not in path.read_text():
         assert not any(word.startswith("-") for word in argv), f"{name} takes no flags"
         return
-    if name == "train.py" and "--checkpoint" not in argv:  # the checkpoint is of a run of the user
+    # A run that is evaluated or resumed is one of the user's: here is none to take flags from.
+    of_a_run = "--checkpoint" in argv or ("--resume" in argv and "auto" not in argv)
+    if name == "train.py" and not of_a_run:
         import train
 
         train.parse_arguments(argv)
         return
-    original = argparse.ArgumentParser.parse_args
+    original = argparse.ArgumentParser.parse_known_args  # every parse_args calls it
 
     def parse_and_stop(parser, args=None, namespace=None):
-        original(parser, args, namespace)
-        raise Parsed
+        known, unknown = original(parser, args, namespace)
+        if not unknown:
+            raise Parsed
+        return known, unknown  # parse_args refuses them, or the script has another parser for them
 
-    argparse.ArgumentParser.parse_args = parse_and_stop
+    argparse.ArgumentParser.parse_known_args = parse_and_stop
     try:
         run_script(path, argv)
     except Parsed:
         return
     finally:
-        argparse.ArgumentParser.parse_args = original
+        argparse.ArgumentParser.parse_known_args = original
     raise AssertionError(f"{name} never reads its flags")
 
 

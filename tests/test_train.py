@@ -277,7 +277,6 @@ def test_micro_batches_do_not_change_the_run(finished, tmp_path):
         "--gradient-checkpointing on",
         "--freeze-blocks 2",
         "--eval-decode astar",
-        "--prompt tinyzero",
         "--digits 1-2x2",
     ],
 )
@@ -656,6 +655,7 @@ def refused(capsys, folder, *flags):
         ("--resume /nowhere", "/nowhere"),
         ("--train-file /nowhere.jsonl --eval-file /nowhere.jsonl", "/nowhere.jsonl"),
         ("--train-file /nowhere.jsonl", "needs --eval-file"),
+        ("--prompt tinyzero", "what the model's tokenizer does not know"),
         ("--lr 1e-4", "there is no flag --lr; did you mean --learning-rate?"),
         ("--lerning-rate=1e-4", "there is no flag --lerning-rate; did you mean --learning-rate?"),
         ("--batch 8", "there is no flag --batch; did you mean --micro-batch?"),

@@ -807,8 +807,6 @@ def test_another_function_or_a_file_left_out_is_refused(inputs):
     with pytest.raises(ValueError, match="--reward: the file or function"):
         start(inputs, *input_flags(inputs, "other"))
     with pytest.raises(ValueError, match="--eval-file: the file or function"):
-        start(inputs, *input_flags(inputs)[:2], *input_flags(inputs)[4:])
-    with pytest.raises(ValueError, match="--eval-file: the file or function"):
         start(inputs)
 
 
