@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
