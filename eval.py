@@ -776,9 +776,11 @@ class OneLineParser(argparse.ArgumentParser):
             initials = "".join(word[0] for word in name.strip("-").split("-"))
             if flag.strip("-") == initials:
                 return name
-        # Of two that are alike, the one with the given word in it.
-        parts = [name for name in names if flag.strip("-") in name.strip("-").split("-")]
-        close = difflib.get_close_matches(flag, parts or names, n=1, cutoff=0.0 if parts else 0.6)
+        # Those with the given word in them come first, however long they are.
+        with_word = [name for name in names if flag.strip("-") in name.strip("-").split("-")]
+        if with_word:
+            return difflib.get_close_matches(flag, with_word, n=1, cutoff=0.0)[0]
+        close = difflib.get_close_matches(flag, names, n=1)
         return close[0] if close else None
 
     def error(self, message):

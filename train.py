@@ -1641,8 +1641,7 @@ def prepare_output(run, found):
         )
 
     def make_ready():
-        open_output(config, run.source, run.iteration, found)
-        return fsdp.read_rows(run.path("metrics.jsonl"))
+        return open_output(config, run.source, run.iteration, found)
 
     rows = fsdp.on_main(make_ready, run.ranks)
     if run.ranks.is_main:  # after a resume: the evaluations before it
@@ -1923,16 +1922,19 @@ def open_output(config, source, iteration, found):
     """Make the output folder, which is locked, ready to go on after `iteration`.
 
     A new run starts empty; a resumed one is cut back to its checkpoint.  found: the checkpoints
-    that find_start saw.  Raises ValueError if another run has written there since.
+    that find_start saw.  Returns the rows of metrics.jsonl that are kept.  Raises ValueError if
+    another run has written there since.
     """
     folder = config.output_dir
     if fsdp.list_checkpoints(folder) != found:  # asked again, because loading the model took time
         raise ValueError(f"--output-dir {folder}: another run has just written there: start again")
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        fsdp.cut_back(os.path.join(folder, name), iteration if source else None)
+    last = iteration if source else None
+    rows = fsdp.cut_back(os.path.join(folder, "metrics.jsonl"), last)
+    fsdp.cut_back(os.path.join(folder, "samples.jsonl"), last)
     fsdp.prune_checkpoints(folder, iteration, config.keep_checkpoints)
     config_text = json.dumps(dataclasses.asdict(config), indent=1)
     fsdp.write_file(os.path.join(folder, "config.json"), config_text)
+    return rows
 
 
 # ------------------------------------------------------------------------------------- Command line
@@ -2021,9 +2023,12 @@ def companion_flags(given, preset):
     }
 
 
-def flags_of_checkpoint(folder):
-    """{field: value} of the run that wrote a checkpoint, but for how that process was run."""
-    flags = fsdp.read_trainer_state(folder)["config"]
+def flags_of_checkpoint(folder, check_files=True):
+    """{field: value} of the run that wrote a checkpoint, but for how that process was run.
+
+    check_files: see fsdp.read_trainer_state, whose ValueError it passes on.
+    """
+    flags = fsdp.read_trainer_state(folder, check_files)["config"]
     for name in OF_ONE_PROCESS:
         flags.pop(name, None)
     return flags
@@ -2032,25 +2037,24 @@ def flags_of_checkpoint(folder):
 def flags_of_run(folder, given):
     """{field: value} with which --resume FOLDER goes on: those of the run there, in its folder.
 
-    folder: a run's, of which the newest whole checkpoint counts, or a checkpoint.  given: {field:
-    value} of the command line; with another --output-dir the run goes on there.  Raises ValueError
-    if there is no whole checkpoint.
+    folder: a run's, or a checkpoint.  given: {field: value} of the command line; with another
+    --output-dir the run goes on there.  find_start checks the files, so here they are read only to
+    choose among checkpoints.  Raises ValueError if no checkpoint tells its flags.
     """
-    checkpoints = fsdp.list_checkpoints(folder) or [folder]
-    for source in checkpoints[::-1]:
+    checkpoints = fsdp.list_checkpoints(folder)
+    if not checkpoints:
+        flags = flags_of_checkpoint(folder, check_files=False)
+        return flags | {"resume": folder, "output_dir": os.path.dirname(os.path.abspath(folder))}
+    # In its own folder find_start looks for the newest checkpoint that is whole.
+    at_home = os.path.abspath(given.get("output_dir", folder)) == os.path.abspath(folder)
+    for source in reversed(checkpoints):
         try:
-            flags = flags_of_checkpoint(source)
+            flags = flags_of_checkpoint(source, check_files=not at_home)
             break
         except ValueError:
             if source == checkpoints[0]:
                 raise
-    home = os.path.dirname(os.path.abspath(source))
-    if checkpoints != [folder]:
-        home = folder
-        # The run goes on from its newest checkpoint, and says if that one is damaged.
-        if os.path.abspath(given.get("output_dir", home)) == os.path.abspath(home):
-            source = "auto"
-    return flags | {"resume": source, "output_dir": home}
+    return flags | {"resume": "auto" if at_home else source, "output_dir": folder}
 
 
 def parse_arguments(argv=None):

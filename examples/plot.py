@@ -50,11 +50,8 @@ def read(path):
     return name, rows
 
 
-def draw(runs, x, path):
-    """Write the page of curves to `path`.  runs: (name, rows) of each; x: a key of X.
-
-    Raises ValueError if matplotlib is missing, OSError if the file cannot be written.
-    """
+def load_pyplot():
+    """matplotlib.pyplot for pictures in files.  Raises ValueError if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -64,6 +61,15 @@ def draw(runs, x, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(runs, x, path):
+    """Write the page of curves to `path`.  runs: (name, rows) of each; x: a key of X.
+
+    Raises ValueError if matplotlib is missing, OSError if the file cannot be written.
+    """
+    pyplot = load_pyplot()
     key, scale, label = X[x]
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), sharex=True, layout="constrained")
     for axis, (title, metric) in zip(axes.flat, PANELS):

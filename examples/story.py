@@ -9,9 +9,9 @@ moments, so these must have been kept.  More runs may be named after the first: 
 """
 
 import argparse
-import importlib.util
 import os
 import sys
+import textwrap
 
 import plot  # read(): the rows of a run
 
@@ -42,28 +42,11 @@ def written(folder, problem, max_new_tokens):
     return completion["text"], completion["correct"]
 
 
-def folded(text, width=96):
-    """Text in lines of at most `width` characters, broken at spaces and before tags."""
-    lines = [""]
-    for word in text.replace("<", " <").replace("> ", ">").split(" "):
-        glue = "" if word.startswith("<") or not lines[-1] else " "
-        if len(lines[-1]) + len(glue) + len(word) > width:
-            lines.append("")
-            glue = ""
-        lines[-1] += glue + word
-    return "\n".join(lines)
-
-
-def draw(runs, prompt, moments, texts, path):
+def draw(pyplot, runs, prompt, moments, texts, path):
     """Write the picture.  runs: (name, rows) of each, the first one bold and by difficulty.
 
     texts: (what was written after the prompt, is it right?) at each moment.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, (axis, page) = pyplot.subplots(
         2, 1, figsize=(9, 7.5), height_ratios=[3, 2], layout="constrained"
     )
@@ -94,7 +77,7 @@ def draw(runs, prompt, moments, texts, path):
     page.axis("off")
     top = 1.0
     for letter, moment, (text, right) in zip("ABCDEFGH", moments, texts):
-        lines = folded(text)
+        lines = textwrap.fill(text, width=96, break_on_hyphens=False)
         verdict = "right" if right else "wrong"
         title = f"{letter}   {prompt}   after {moment} iterations: {verdict}"
         page.text(0, top, title, va="top", weight="bold", fontsize=9)
@@ -120,10 +103,9 @@ def main(argv=None):
         a, b = (int(number) for number in args.problem.rstrip("=").split("*"))
     except ValueError:
         parser.error(f"--problem {args.problem}: not a product such as 427*386=")
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error("matplotlib is missing: pip install -r examples/requirements.txt")
     problem = data.make_problem(a, b)
     try:
+        pyplot = plot.load_pyplot()
         runs = [plot.read(run) for run in args.runs]
         texts = []
         for moment in args.moments:
@@ -131,7 +113,7 @@ def main(argv=None):
             if moment > 0:
                 folder = os.path.join(args.runs[0], f"checkpoint_iter_{moment}")
             texts.append(written(folder, problem, args.max_new_tokens))
-        draw(runs, problem.text, args.moments, texts, args.png)
+        draw(pyplot, runs, problem.text, args.moments, texts, args.png)
     except (ValueError, OSError) as error:
         print(f"story.py: {error}", file=sys.stderr)
         sys.exit(2)

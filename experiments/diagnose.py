@@ -179,12 +179,9 @@ def fit_critic(model, samples, epochs=6, batch=64, rate=3e-4):
     critic = Critic(model)
     rollouts = samples["rollouts"]
     targets = value_module.soft_target(samples["reward"], *REWARD.bounds, BETA)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=rate)
     held_out = samples["problem"] % 8 == 0
     fitted_rows = (~held_out).nonzero().squeeze(1)
     other_rows = held_out.nonzero().squeeze(1)
-    best = float("inf")
-    best_weights = None
 
     def loss_of(rows):
         part = rollouts.select(rows)
@@ -194,6 +191,17 @@ def fit_critic(model, samples, epochs=6, batch=64, rate=3e-4):
             u_logit, targets[rows, None].expand_as(u_logit), weight=part.mask.float()
         )
 
+    return descend_by_epochs(critic, loss_of, fitted_rows, other_rows, epochs, batch, rate)
+
+
+def descend_by_epochs(critic, loss_of, fitted_rows, other_rows, epochs, batch, rate):
+    """AdamW on loss_of(rows), batches of the fitted rows in a new order each epoch.
+
+    Returns the critic as it was after the epoch with the least loss on the other rows.
+    """
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=rate)
+    best = float("inf")
+    best_weights = None
     steps = epochs * (len(fitted_rows) // batch)
 
     def rate_scale(step):
@@ -232,8 +240,12 @@ def auc(score, right, problem=None):
     if not better.any():
         return None
     difference = (score[:, None] - score[None])[better]
-    wins = (difference > 0).double() + 0.5 * (difference == 0).double()
-    return wins.mean().item()
+    return wins(difference)
+
+
+def wins(gap):
+    """Share of pairs with a positive gap; ties count half."""
+    return ((gap > 0).double() + 0.5 * (gap == 0).double()).mean().item()
 
 
 @torch.no_grad()

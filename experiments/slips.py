@@ -14,54 +14,46 @@ the best of their sums: what a search would use.  One row is appended to results
 """
 
 import argparse
-import copy
 import pathlib
 import random
 import sys
 import time
 
 import compare
+import diagnose
 import torch
 from torch.nn import functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import astar_search
 import data
 import eval as evaluation
 import policy
 import reward as reward_module
+import train
 
 AFTER = (1, 2, 4, 8, 16, 32)  # tokens after the parting
 SHARES = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the critic's log u in a sum with log pi
 
 
-def grow_trees(model, tokenizer, problems, leaves, max_nodes, max_new_tokens, seed):
-    """Rollouts of plain A*, with `right` (B,); `problem` counts over all of them."""
-    parts = []
-    for start in range(0, len(problems), 128):
-        chunk = problems[start : start + 128]
-        prompts = evaluation.encode_prompts(tokenizer, chunk)
-        options = astar_search.Options(
-            eos=policy.stop_tokens(model, tokenizer),
-            K=leaves,
-            tau=0.0,
-            width=2,
-            max_new_tokens=max_new_tokens,
-            max_nodes=max_nodes,
-        )
-        expander = astar_search.Expander(model, prompts, max_new_tokens)
-        keys = astar_search.root_keys(seed, 0, range(start, start + len(chunk)))
-        trees = astar_search.search(keys, expander, options)
-        part = astar_search.collect(trees, expander)
-        part.problem += start
-        part.prefix.zero_()  # hidden states are of no use here
-        part.hidden = part.hidden[:1]
-        parts.append(part)
-    rollouts = astar_search.concatenate(parts)
+def grow_trees(model, tokenizer, problems, config):
+    """Rollouts of plain A* with h = 0, as in training, with `right` (B,)."""
+    reward = reward_module.Reward()
+    rollouts = train.generate_rollouts(
+        model,
+        tokenizer,
+        problems,
+        range(len(problems)),
+        config,
+        reward,
+        iteration=0,
+        value_function=None,
+        kind="astar",
+        K=config.rollouts_per_problem,
+    )
     _, verdicts = evaluation.judge_rollouts(
-        rollouts, tokenizer, problems, reward_module.Reward(), max_new_tokens
+        rollouts, tokenizer, problems, reward, config.max_new_tokens
     )
     rollouts.extra["right"] = torch.tensor([verdict["correct"] for verdict in verdicts])
     return rollouts
@@ -102,31 +94,24 @@ def labelled(rollouts, pairs):
     return mask
 
 
-class Critic(torch.nn.Module):
-    """A copy of the policy's trunk and one output: tokens (B, T) -> logit (B, T-1) of "right".
+def logits_of(critic, tokens):
+    """tokens (B, T) -> logit (B, T-1) of "right", by a diagnose.Critic: a trunk and one output.
 
     Column t has read the tokens up to t+1, so it judges the token that column t of the grids is
     about, after it is written.
     """
-
-    def __init__(self, model):
-        super().__init__()
-        self.trunk = copy.deepcopy(model.base_model)
-        self.outer = torch.nn.Linear(model.config.hidden_size, 1)
-
-    def forward(self, tokens):
-        hidden = self.trunk(tokens, use_cache=False).last_hidden_state
-        return self.outer(hidden[:, 1:]).squeeze(-1)
+    hidden = critic.model.base_model(tokens, use_cache=False).last_hidden_state
+    _, u_logit = critic(hidden[:, 1:])
+    return u_logit
 
 
 def fit(model, rollouts, mask, problems, epochs, batch=64, rate=3e-4):
-    """A Critic fitted to the leaves of the first `problems` problems.
+    """(a Critic fitted to the leaves of the first `problems` problems, how many leaves).
 
     An eighth of the problems chooses the epoch.  Raises ValueError if there is nothing to fit.
     """
     torch.manual_seed(0)
-    critic = Critic(model)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=rate)
+    critic = diagnose.Critic(model)
     usable = mask.any(dim=1) & (rollouts.problem < problems)
     chosen = usable & (rollouts.problem % 8 == 0)
     fitted_rows = torch.nonzero(usable & ~chosen).squeeze(1)
@@ -136,30 +121,16 @@ def fit(model, rollouts, mask, problems, epochs, batch=64, rate=3e-4):
 
     def loss_of(rows):
         T = int(rollouts.length[rows].max())
-        logit = critic(rollouts.tokens[rows, :T])
+        logit = logits_of(critic, rollouts.tokens[rows, :T])
         weight = mask[rows, : T - 1].float()
         target = rollouts.extra["right"][rows, None].float().expand_as(logit)
         total = F.binary_cross_entropy_with_logits(logit, target, weight=weight, reduction="sum")
         return total / weight.sum()
 
-    steps = epochs * -(-len(fitted_rows) // batch)
-    done = 0
-    best = float("inf")
-    for _ in range(epochs):
-        for rows in fitted_rows[torch.randperm(len(fitted_rows))].split(batch):
-            optimizer.param_groups[0]["lr"] = rate * (1 - done / steps)
-            loss = loss_of(rows)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            done += 1
-        with torch.no_grad():
-            losses = [loss_of(rows).item() for rows in chosen_rows.split(256)]
-        if sum(losses) < best:
-            best = sum(losses)
-            weights = copy.deepcopy(critic.state_dict())
-    critic.load_state_dict(weights)
-    return critic.eval(), len(fitted_rows)
+    critic = diagnose.descend_by_epochs(
+        critic, loss_of, fitted_rows, chosen_rows, epochs, batch, rate
+    )
+    return critic, len(fitted_rows)
 
 
 @torch.no_grad()
@@ -169,7 +140,7 @@ def judge(critic, rollouts, pairs):
 
     A pair is left out where one of its leaves has ended.
     """
-    logit = torch.cat([critic(tokens) for tokens in rollouts.tokens.split(256)])  # (B, T-1)
+    logit = torch.cat([logits_of(critic, tokens) for tokens in rollouts.tokens.split(256)])
     log_u = F.logsigmoid(logit)
     log_pi = rollouts.log_probs.cumsum(dim=1)  # of the prefix, the token of the column included
     table = {}
@@ -185,19 +156,14 @@ def judge(critic, rollouts, pairs):
         i, j, place = torch.tensor(at).T
         critic_gap = log_u[i, place] - log_u[j, place]
         pi_gap = log_pi[i, place] - log_pi[j, place]
-        sums = [wins(pi_gap + share * critic_gap) for share in SHARES]
+        sums = [diagnose.wins(pi_gap + share * critic_gap) for share in SHARES]
         table[after] = {
             "pairs": len(at),
-            "critic": wins(critic_gap),
-            "log pi": wins(pi_gap),
+            "critic": diagnose.wins(critic_gap),
+            "log pi": diagnose.wins(pi_gap),
             "best sum": max(sums),
         }
     return table
-
-
-def wins(gap):
-    """Share of pairs with a positive gap; ties count half."""
-    return ((gap > 0).float() + 0.5 * (gap == 0).float()).mean().item()
 
 
 def main():
@@ -219,15 +185,23 @@ def main():
     started = time.process_time()
     model, tokenizer = policy.load_policy(args.model)
     model.eval()
+    # The defaults are the searches of --config task, but for their stop at the first right leaf.
+    config = train.Config(
+        digits=args.digits,
+        max_new_tokens=args.max_new_tokens,
+        max_nodes=args.max_nodes,
+        rollouts_per_problem=args.leaves,
+        until_right="off",
+        seed=args.seed,
+    )
     n = max(args.iterations) * args.problems
     problems = []
     for i in range(n):
-        problems.append(data.train_problem(args.seed, 1, i, digits=args.digits))
-    search = (args.leaves, args.max_nodes, args.max_new_tokens, args.seed)
-    rollouts = grow_trees(model, tokenizer, problems, *search)
+        problems.append(data.train_problem(args.seed, 1, i, digits=config.digits))
+    rollouts = grow_trees(model, tokenizer, problems, config)
     mask = labelled(rollouts, pairs_of(rollouts))
-    others = data.eval_problems(args.test_problems, args.digits)
-    test = grow_trees(model, tokenizer, others, *search)
+    others = data.eval_problems(args.test_problems, config.digits)
+    test = grow_trees(model, tokenizer, others, config)
     pairs = pairs_of(test)
     # A problem with many pairs would count like many problems: at most 4 of each.
     random.Random(args.seed).shuffle(pairs)

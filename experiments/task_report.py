@@ -9,7 +9,6 @@
    logarithms of the seeds' ratios (95 %).
 """
 
-import json
 import math
 import statistics
 
@@ -67,9 +66,11 @@ def short(share):
     return f"{share:.3f}".removeprefix("0")
 
 
-def print_runs(paths):
-    """A line a run: accuracy at some iterations, then the last one by difficulty."""
-    rows_of = {path.stem: compare.rows(path) for path in paths}
+def print_runs(rows_of):
+    """A line a run: accuracy at some iterations, then the last one by difficulty.
+
+    rows_of: {name: rows of metrics.jsonl}.
+    """
     last = [rows[-1]["iteration"] for rows in rows_of.values()]
     moments = [i for i in (0, 10, 20, 50, 100, 150, 200, 250, 300, 350) if i <= min(last)]
     print("| iterations | " + " | ".join(str(i) for i in moments) + " | easy / medium / hard |")
@@ -107,12 +108,11 @@ def print_against(title, ours, theirs):
 
 
 def main():
-    paths = sorted(MAIN_JOB.glob("task_seed*.jsonl"))
-    print_runs(paths)
+    rows_of = {path.stem: compare.rows(path) for path in sorted(MAIN_JOB.glob("task_seed*.jsonl"))}
+    print_runs(rows_of)
     runs = {}
-    for path in paths:
-        seed = int(path.stem.removeprefix("task_seed"))
-        runs[seed] = curve_of(json.loads(line) for line in path.read_text().splitlines())
+    for name, rows in rows_of.items():
+        runs[int(name.removeprefix("task_seed"))] = curve_of(rows)
     settings = {}
     for row in compare.rows(compare.RESULTS / "task.jsonl"):
         own = settings.setdefault(row["setting"], {})

@@ -11,6 +11,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import diagnose
 import slips
 import task_report
 
@@ -69,4 +70,4 @@ def test_a_leaf_has_a_label_after_its_last_parting():
 
 def test_the_share_of_pairs_won():
     """Ties count half."""
-    assert slips.wins(torch.tensor([1.0, -1.0, 0.0, 2.0])) == pytest.approx(0.625)
+    assert diagnose.wins(torch.tensor([1.0, -1.0, 0.0, 2.0])) == pytest.approx(0.625)

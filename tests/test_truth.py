@@ -803,9 +803,12 @@ def test_the_same_content_elsewhere_is_accepted(inputs, tmp_path, monkeypatch):
     assert start(folder, *flags[:-1], "../copy/mine.py:own")[1]["iteration"] == 1
 
 
-def test_another_function_or_a_file_left_out_is_refused(inputs):
+def test_another_function_or_a_file_left_out_is_refused(inputs, capsys):
     with pytest.raises(ValueError, match="--reward: the file or function"):
         start(inputs, *input_flags(inputs, "other"))
+    with pytest.raises(SystemExit):
+        start(inputs, *input_flags(inputs)[:2], *input_flags(inputs)[4:])
+    assert "--train-file needs --eval-file" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--eval-file: the file or function"):
         start(inputs)
 
