@@ -14,10 +14,12 @@ The problems may also come from a jsonl file: one {"prompt": ..., "answer": ...}
 import argparse
 import codecs
 import collections
+import difflib
 import functools
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -312,11 +314,53 @@ def statistics(problems):
     return stats
 
 
+# ------------------------------------------------------------------------------------- Command line
+#
+# Here, because this file needs no package: train.py and eval.py read their flags before they import
+# PyTorch.
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose error is one sentence on stderr and exit status 2."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's, but a flag that there is not brings up the nearest one that there is."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            nearest = self.nearest_flag(flag)
+            hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
+            self.error(f"there is no flag {flag}; {hint}")
+        return arguments
+
+    def nearest_flag(self, flag):
+        """The flag of which this one is the initials (--lr), or which is spelled most like it."""
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        for name in names:
+            initials = "".join(word[0] for word in name.strip("-").split("-"))
+            if flag.strip("-") == initials:
+                return name
+        # Those with the given word in them come first, however long they are.
+        words = [name.strip("-") for name in names]
+        with_word = [word for word in words if flag.strip("-") in word.split("-")]
+        close = difflib.get_close_matches(flag.strip("-"), with_word, n=1, cutoff=0.0)
+        close += difflib.get_close_matches(flag.strip("-"), words, n=1)
+        return f"--{close[0]}" if close else None
+
+    def error(self, message):
+        """Print the sentence and exit.  Of the ranks of a node only the first one prints it.
+
+        Each node has a terminal of its own, so each prints.
+        """
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main():
     """Print the statistics of a file, or those of made problems with a check of their split."""
-    parser = argparse.ArgumentParser(
-        description="Statistics of the problems, and a check that the split is clean."
-    )
+    about = "Statistics of the problems, and a check that the split is clean."
+    parser = OneLineParser(prog="data.py", description=about)
     parser.add_argument(
         "--digits", default="2", help="digits per operand: 2, 3, 2x3, 2-3, ... up to 6 (default 2)"
     )
@@ -333,8 +377,7 @@ def main():
         held_out = eval_problems(args.n, args.digits)
         train = [train_problem(0, 0, index, args.digits) for index in range(2_000)]
     except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))
 
     first = train[0]
     print(f"digits {args.digits}, prompts such as {first.text!r} with the answer {first.answer}")

@@ -21,12 +21,11 @@ problem by problem, because a paired test detects smaller differences than two s
 --json OUT.json writes the figures and the flags to OUT.json, and one row a problem with all of its
 completions to OUT.jsonl.  Every figure but the seconds can be counted again from the rows.
 
-In this file, in reading order: statistics, figures of the rows, the value function, prompts and
-completions, evaluate(), result files, the paired comparison, worst completions, the command line.
+In this file, in reading order: the flags, statistics, figures of the rows, the value function,
+prompts and completions, evaluate(), result files, the paired comparison, worst completions, the
+command line.
 """
 
-import argparse
-import difflib
 import functools
 import itertools
 import json
@@ -37,19 +36,106 @@ import sys
 import tempfile
 import time
 
-import torch
-from safetensors.torch import load_file
-
-import astar_search
 import data
-import fsdp
-import policy
-import reward as reward_module
-import value as value_module
 
 # The default model lies beside this file, so that the command works in any folder.
 TINY_BASE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_base")
 
+
+# -------------------------------------------------------------------------------------------- Flags
+
+
+def make_parser():
+    """The parser of eval.py."""
+    about = "Accuracy of a model on held-out multiplication problems."
+    parser = data.OneLineParser(prog="eval.py", description=about, allow_abbrev=False)
+
+    def add(name, help, **options):
+        """Add a flag whose help ends with its default."""
+        parser.add_argument(name, help=f"{help} (default %(default)s)", **options)
+
+    parser.add_argument(
+        "--model",
+        default=TINY_BASE,
+        help="folder or hub id of a causal language model (default tiny_base beside eval.py)",
+    )
+    decoders = ("greedy", "sample", "astar")
+    add("--decode", "how completions are made", choices=decoders, default="greedy")
+    # torchrun takes --n for one of its own flags, such as --nnodes; hence the second name.
+    parser.add_argument(
+        "--n",
+        "--problems",
+        type=int,
+        metavar="N",
+        help="number of held-out problems (default 500; with --eval-file all of it)",
+    )
+    completions = "sample: completions a problem; astar: leaves a problem"
+    add("--completions", completions, type=int, default=8)
+    add("--digits", "digits per operand: 2, 3, 2x3, 2-3, ...", default="2")
+    add("--prompt", "prompt style", choices=tuple(data.PROMPTS), default="terse")
+    parser.add_argument(
+        "--prefill",
+        help="text that completions begin with, such as '<think>' (default: the style's own)",
+    )
+    parser.add_argument(
+        "--eval-file",
+        help="a jsonl file of problems with prompt and answer (default: made problems)",
+    )
+    parser.add_argument(
+        "--reward",
+        default="",
+        metavar="FILE.py:FUNCTION",
+        help="a reward of your own (default: the built-in one)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="a completion ends with this text too (\\n: new line); may be repeated; '' is none "
+        "(default: the prompt style's own, </answer> for tinyzero)",
+    )
+    add("--max-new-tokens", "most tokens of a completion", type=int, default=48)
+    add("--tau", "astar: temperature of the search's noise", type=float, default=0.0)
+    add("--width", "astar: nodes of a problem run at once", type=int, default=2)
+    add("--max-nodes", "astar: most nodes a problem", type=int, default=1024)
+    add("--seed", "seed of the draws", type=int, default=0)
+    add("--batch", "problems decoded in lock-step: a GPU's memory bounds it", type=int, default=512)
+    add("--device", "cpu, cuda, ...; auto is a GPU if there is one", default="auto")
+    add("--threads", "CPU threads; 0: one for a small model, else one a core", type=int, default=0)
+    types = ("auto", "float32", "bfloat16")
+    add("--dtype", "auto: bfloat16 on a GPU, float32 on a CPU", choices=types, default="auto")
+    add("--show", "worst completions to print, of each kind", type=int, default=2)
+    parser.add_argument(
+        "--json",
+        metavar="OUT.json",
+        help="write the figures there, and every completion to OUT.jsonl (default: no files)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace these two files if they exist (default: refuse to)",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A.jsonl", "B.jsonl"),
+        help="only a paired test of B against A, without a model (default: none)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    # PyTorch takes seconds to be imported.  So --help and a mistyped flag are answered before.
+    make_parser().parse_args()
+
+import torch
+from safetensors.torch import load_file
+
+import astar_search
+import fsdp
+import policy
+import reward as reward_module
+import value as value_module
 
 # --------------------------------------------------------------------------------------- Statistics
 
@@ -749,127 +835,20 @@ def print_worst(rows, decode, each):
 # ------------------------------------------------------------------------------------- Command line
 
 
+def drop_output():
+    """From here on nothing is printed, because whoever read it has gone: python eval.py | head."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if os.path.sameopenfile(1, 2):  # 2>&1: the messages went the same way
+        os.dup2(nowhere, 2)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 def make_output_printable():
     """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not every replacement of a stream has it
             stream.reconfigure(errors="backslashreplace")
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose error is one sentence on stderr and exit status 2."""
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's, but a flag that there is not brings up the nearest one that there is."""
-        arguments, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            nearest = self.nearest_flag(flag)
-            hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
-            self.error(f"there is no flag {flag}; {hint}")
-        return arguments
-
-    def nearest_flag(self, flag):
-        """The flag of which this one is the initials (--lr), or which is spelled most like it."""
-        names = [name for name in self._option_string_actions if name.startswith("--")]
-        for name in names:
-            initials = "".join(word[0] for word in name.strip("-").split("-"))
-            if flag.strip("-") == initials:
-                return name
-        # Those with the given word in them come first, however long they are.
-        with_word = [name for name in names if flag.strip("-") in name.strip("-").split("-")]
-        if with_word:
-            return difflib.get_close_matches(flag, with_word, n=1, cutoff=0.0)[0]
-        close = difflib.get_close_matches(flag, names, n=1)
-        return close[0] if close else None
-
-    def error(self, message):
-        """Print the sentence and exit.  Of the ranks of a node only the first one prints it.
-
-        Each node has a terminal of its own, so each prints.
-        """
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def make_parser():
-    """The parser of eval.py."""
-    about = "Accuracy of a model on held-out multiplication problems."
-    parser = OneLineParser(prog="eval.py", description=about, allow_abbrev=False)
-
-    def add(name, help, **options):
-        """Add a flag whose help ends with its default."""
-        parser.add_argument(name, help=f"{help} (default %(default)s)", **options)
-
-    parser.add_argument(
-        "--model",
-        default=TINY_BASE,
-        help="folder or hub id of a causal language model (default tiny_base beside eval.py)",
-    )
-    decoders = ("greedy", "sample", "astar")
-    add("--decode", "how completions are made", choices=decoders, default="greedy")
-    # torchrun takes --n for one of its own flags, such as --nnodes; hence the second name.
-    parser.add_argument(
-        "--n",
-        "--problems",
-        type=int,
-        metavar="N",
-        help="number of held-out problems (default 500; with --eval-file all of it)",
-    )
-    completions = "sample: completions a problem; astar: leaves a problem"
-    add("--completions", completions, type=int, default=8)
-    add("--digits", "digits per operand: 2, 3, 2x3, 2-3, ...", default="2")
-    add("--prompt", "prompt style", choices=tuple(data.PROMPTS), default="terse")
-    parser.add_argument(
-        "--prefill",
-        help="text that completions begin with, such as '<think>' (default: the style's own)",
-    )
-    parser.add_argument(
-        "--eval-file",
-        help="a jsonl file of problems with prompt and answer (default: made problems)",
-    )
-    parser.add_argument(
-        "--reward",
-        default="",
-        metavar="FILE.py:FUNCTION",
-        help="a reward of your own (default: the built-in one)",
-    )
-    parser.add_argument(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="a completion ends with this text too (\\n: new line); may be repeated; '' is none "
-        "(default: the prompt style's own, </answer> for tinyzero)",
-    )
-    add("--max-new-tokens", "most tokens of a completion", type=int, default=48)
-    add("--tau", "astar: temperature of the search's noise", type=float, default=0.0)
-    add("--width", "astar: nodes of a problem run at once", type=int, default=2)
-    add("--max-nodes", "astar: most nodes a problem", type=int, default=1024)
-    add("--seed", "seed of the draws", type=int, default=0)
-    add("--batch", "problems decoded in lock-step: a GPU's memory bounds it", type=int, default=512)
-    add("--device", "cpu, cuda, ...; auto is a GPU if there is one", default="auto")
-    add("--threads", "CPU threads; 0: one for a small model, else one a core", type=int, default=0)
-    types = ("auto", "float32", "bfloat16")
-    add("--dtype", "auto: bfloat16 on a GPU, float32 on a CPU", choices=types, default="auto")
-    add("--show", "worst completions to print, of each kind", type=int, default=2)
-    parser.add_argument(
-        "--json",
-        metavar="OUT.json",
-        help="write the figures there, and every completion to OUT.jsonl (default: no files)",
-    )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace these two files if they exist (default: refuse to)",
-    )
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A.jsonl", "B.jsonl"),
-        help="only a paired test of B against A, without a model (default: none)",
-    )
-    return parser
 
 
 def stop_texts(given):
@@ -1024,6 +1003,8 @@ def main(argv=None):
         sys.exit(130)
     except reward_module.RewardError as error:
         sys.exit(f"eval.py: {error}")
+    except BrokenPipeError:  # python eval.py | head
+        drop_output()
 
 
 if __name__ == "__main__":

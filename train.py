@@ -20,6 +20,7 @@ a run, the command line.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import gc
 import importlib.util
@@ -34,17 +35,7 @@ import sys
 import textwrap
 import time
 
-import torch
-from safetensors.torch import load_file
-from torch.nn.utils import clip_grad_norm_
-
-import astar_search
 import data
-import eval as evaluation
-import fsdp
-import policy
-import reward as reward_module
-import value as value_module
 
 # -------------------------------------------------------------------------------------------- Flags
 
@@ -297,6 +288,126 @@ COMPANIONS = {
     ("loss", "apo"): GUMBEL_LEAVES,
 }
 
+GROUPS = {  # the first field of each group of flags -> its title in --help
+    "model": "the task",
+    "rollout": "rollouts",
+    "loss": "losses",
+    "iterations": "optimisation",
+    "seed": "the run",
+}
+
+
+def shown(value):
+    """The value of a flag as a user would write it; of one that is given several times all."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(value)
+    if value in (TINY_BASE, TASK_BASE):
+        return os.path.relpath(value, HERE)
+    return value
+
+
+def help_text(field):
+    """The help of a flag, with its default and the presets that change it."""
+    values = []
+    if field.default not in ("", False, ()):
+        values.append(f"default {shown(field.default)}")
+    for name, preset in PRESETS.items():
+        if field.name in preset:
+            values.append(f"{name}: {shown(preset[field.name])}")
+    if not values:
+        return field.metadata["help"]
+    return f"{field.metadata['help']} ({'; '.join(values)})"
+
+
+def preset_or_file(name):
+    """The argument of --config -> (flags of a preset, flags of a JSON file): {field: value} each.
+
+    One of them is empty.  A file may be a run's config.json; its resume and overwrite are not
+    taken.  argparse makes a message of the error.
+    """
+    if name in PRESETS:
+        return PRESETS[name], {}
+    if not name.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"{name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
+        )
+    try:
+        with open(name, encoding="utf-8") as file:
+            flags = json.load(file)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"this is no JSON ({error})"
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {reason}") from None
+    if not isinstance(flags, dict):
+        raise argparse.ArgumentTypeError(f"{name} must hold one JSON object of flags")
+    known = {field.name: field for field in dataclasses.fields(Config)}
+    for key, value in flags.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"{name}: there is no flag {key}{hint}")
+        wanted = known[key].type
+        fits = type(value) is wanted or (wanted is float and type(value) is int)
+        if not fits or (wanted is list and not all(type(text) is str for text in value)):
+            kind = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+            must_be = kind.get(wanted, "a list of texts")
+            raise argparse.ArgumentTypeError(f"{name}: {key} must be {must_be}, not {value!r}")
+    flags.pop("resume", None)
+    flags.pop("overwrite", None)
+    return {}, flags
+
+
+def make_parser():
+    """The command line of train.py, its flags in the groups of Config."""
+    parser = data.OneLineParser(
+        "train.py",
+        usage="python train.py [--config NAME] [--FLAG VALUE ...]",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config",
+        type=preset_or_file,
+        metavar="NAME",
+        help=f"preset ({', '.join(PRESETS)}), or a JSON file such as a run's config.json; flags "
+        "change it (default local)",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint for --eval-only")
+    group = parser
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        name = flag_name(field.name)
+        # A flag that is not given leaves no attribute, so that it can be told from its default.
+        options = {"help": help_text(field), "default": argparse.SUPPRESS}
+        if field.type is bool:
+            group.add_argument(name, action="store_true", **options)
+        elif field.type is list:
+            group.add_argument(name, action="append", metavar="TEXT", **options)
+        elif field.metadata["choices"]:
+            group.add_argument(name, choices=field.metadata["choices"], **options)
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[field.type]
+            group.add_argument(name, type=field.type, metavar=metavar, **options)
+    return parser
+
+
+if __name__ == "__main__":
+    # PyTorch takes seconds to be imported.  So --help and a mistyped flag are answered before.
+    make_parser().parse_args()
+
+import torch
+from safetensors.torch import load_file
+from torch.nn.utils import clip_grad_norm_
+
+import astar_search
+import eval as evaluation
+import fsdp
+import policy
+import reward as reward_module
+import value as value_module
+
 # ----------------------------------------------------------------------------------------- The loop
 
 
@@ -325,7 +436,7 @@ def main(argv=None):
     # out of them.
     gc.freeze()
     stop_signal = None
-    with explain_failures(run), StopSignals(ranks) as signals:
+    with explain_failures(run), StopSignals(ranks, run.signals) as signals:
         if not run.source:  # a new run: first the accuracy of the base
             run.say(f"the base on {len(run.eval_problems)} held-out problems ...")
             row = {"iteration": 0, "seconds": 0.0, "model_tokens": 0}
@@ -1295,9 +1406,9 @@ class StopSignals:
 
     PATIENCE = 2.0  # seconds; two presses within them count as one
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, received):
         self.ranks = ranks
-        self.received = []
+        self.received = received  # a list, to which other reasons to stop may be added
         self.interrupted = math.inf  # when Ctrl-C was first pressed, or broke in
         self.broke_in = False
         self.handlers = {}  # those that were there before
@@ -1383,16 +1494,16 @@ def explain_failures(run):
 
 def print_stop(run, stop_signal):
     """Say what stopped the run and how to go on.  Returns the exit status."""
-    name, status = "SIGTERM", 0
+    by, status = "by SIGTERM", 0
     if stop_signal == signal.SIGINT:
-        name, status = "Ctrl-C", 130
+        by, status = "by Ctrl-C", 130
+    elif stop_signal == signal.SIGPIPE:
+        by = "because nothing reads its output any more"
     if run.saved:
         go_on = f"go on from {run.saved} with the same flags and --resume auto"
     else:
         go_on = "there is nothing to keep yet"
-    run.say(
-        f"train.py: stopped by {name} after iteration {run.iteration}; {go_on}", file=sys.stderr
-    )
+    run.say(f"train.py: stopped {by} after iteration {run.iteration}; {go_on}", file=sys.stderr)
     return status
 
 
@@ -1453,15 +1564,21 @@ class Run:
     printed: dict | None = None  # the row that the terminal showed last
     unsolved: int = 0  # iterations since a right completion was last found
     first_iteration: int = 0  # finished when this process began
+    signals: list = dataclasses.field(default_factory=list)  # that ask this rank to stop
 
     def path(self, name):
         """The path of a file in the output folder."""
         return os.path.join(self.config.output_dir, name)
 
     def say(self, text, file=None):
-        """Print on the main rank."""
-        if self.ranks.is_main:
+        """Print on the main rank.  If whoever read the output has gone, the run is to stop."""
+        if not self.ranks.is_main:
+            return
+        try:
             print(text, file=file, flush=True)
+        except BrokenPipeError:  # python train.py | head
+            evaluation.drop_output()
+            self.signals.append(signal.SIGPIPE)
 
 
 def set_up(config, arguments):
@@ -1939,72 +2056,10 @@ def open_output(config, source, iteration, found):
 
 # ------------------------------------------------------------------------------------- Command line
 
-GROUPS = {  # the first field of each group of flags -> its title in --help
-    "model": "the task",
-    "rollout": "rollouts",
-    "loss": "losses",
-    "iterations": "optimisation",
-    "seed": "the run",
-}
 # What --eval-only does not take from the checkpoint's configuration: how that process was run.
 OF_ONE_PROCESS = """
     distributed replicas cpu_offload wandb tensorboard resume overwrite
 """.split()
-
-
-def shown(value):
-    """The value of a flag as a user would write it; of one that is given several times all."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(value)
-    if value in (TINY_BASE, TASK_BASE):
-        return os.path.relpath(value, HERE)
-    return value
-
-
-def help_text(field):
-    """The help of a flag, with its default and the presets that change it."""
-    values = []
-    if field.default not in ("", False, ()):
-        values.append(f"default {shown(field.default)}")
-    for name, preset in PRESETS.items():
-        if field.name in preset:
-            values.append(f"{name}: {shown(preset[field.name])}")
-    if not values:
-        return field.metadata["help"]
-    return f"{field.metadata['help']} ({'; '.join(values)})"
-
-
-def make_parser():
-    """The command line of train.py, its flags in the groups of Config."""
-    parser = evaluation.OneLineParser(
-        "train.py",
-        usage="python train.py [--config NAME] [--FLAG VALUE ...]",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", choices=tuple(PRESETS), help="preset; flags change it (default local)"
-    )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate --checkpoint and exit")
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="checkpoint for --eval-only")
-    group = parser
-    for field in dataclasses.fields(Config):
-        if field.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[field.name])
-        name = flag_name(field.name)
-        # A flag that is not given leaves no attribute, so that it can be told from its default.
-        options = {"help": help_text(field), "default": argparse.SUPPRESS}
-        if field.type is bool:
-            group.add_argument(name, action="store_true", **options)
-        elif field.type is list:
-            group.add_argument(name, action="append", metavar="TEXT", **options)
-        elif field.metadata["choices"]:
-            group.add_argument(name, choices=field.metadata["choices"], **options)
-        else:
-            metavar = {int: "N", float: "X", str: "TEXT"}[field.type]
-            group.add_argument(name, type=field.type, metavar=metavar, **options)
-    return parser
 
 
 def companion_flags(given, preset):
@@ -2078,7 +2133,8 @@ def parse_arguments(argv=None):
         elif given.get("resume", "auto") not in ("", "auto") and not arguments.config:
             preset = flags_of_run(given.pop("resume"), given)
         else:
-            preset = PRESETS[arguments.config or "local"]
+            preset, from_file = arguments.config or (PRESETS["local"], {})
+            given = from_file | given
             arguments.companions = companion_flags(given, preset)
         config = Config(**{**preset, **arguments.companions, **given})
     except (ValueError, TypeError, OSError) as error:
@@ -2095,3 +2151,5 @@ if __name__ == "__main__":
         sys.exit(130)
     except reward_module.RewardError as error:  # of --eval-only
         sys.exit(f"train.py: {error}")
+    except BrokenPipeError:  # both streams were piped, as in: python train.py 2>&1 | head
+        evaluation.drop_output()

@@ -321,7 +321,7 @@ def mermaid(facts):
 
 def make_parser():
     """The parser of draw_tree.py."""
-    parser = evaluation.OneLineParser(
+    parser = data.OneLineParser(
         prog="draw_tree.py",
         description="Draw the tree of one search by a model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -265,7 +265,7 @@ def refuse_too_large(peaks, world_size, offload, gpu_memory):
 
 # ------------------------------------------------------------------------------------- Command line
 def main(argv=None):
-    parser = evaluation.OneLineParser(
+    parser = data.OneLineParser(
         "memory.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

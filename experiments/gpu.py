@@ -1007,7 +1007,7 @@ CHECKS = {
 
 
 def main(argv=None):
-    parser = evaluation.OneLineParser(
+    parser = data.OneLineParser(
         "gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1025,7 +1025,7 @@ def test_a_reward_that_catches_ctrl_c_is_stopped_by_a_third(monkeypatch, capsys)
 
     monkeypatch.setattr(train.StopSignals, "PATIENCE", 0.05)
     monkeypatch.setattr(os, "_exit", end)
-    signals = train.StopSignals(ONE)
+    signals = train.StopSignals(ONE, received=[])
     signals.keep(signal.SIGINT, None)
     time.sleep(0.06)
     with pytest.raises(KeyboardInterrupt):
