@@ -35,8 +35,9 @@ Departures from the literature:
   rank that runs it; and no random state has to be saved.
 
 In this file, in reading order: node, tree, search, children, noise, leaf weights, sampling, the
-KV-cached language model, Rollouts, a demonstration.  The last three sections may be skipped: texts
-that end a completion, the check of a model, and an optimisation for large vocabularies.
+KV-cached language model, Rollouts, one text completed, a demonstration.  The last four sections
+may be skipped: texts, the check of a model, an optimisation for large vocabularies, and how a tree
+is shown.
 
     python astar_search.py     # searches that are small enough to be checked by hand
 """
@@ -45,7 +46,9 @@ import bisect
 import contextlib
 import functools
 import heapq
+import html
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -166,7 +169,21 @@ class Tree:
         self.covering = None  # how many leaves it took until they held options.cover of pi
         self.stopped = None  # why the search ended; None while it goes on
         self.nodes = {}  # (parent, rank) -> Node, for all that were queued by either search
+        self.tokenizer = None  # of text(): without one, text is token ids
+        self.prompt = []  # token ids
         self.start_ahead()
+
+    def text(self, node):
+        """The text of a prefix, behind the prompt; its token ids if the tree has no tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(str(token) for token in node.tokens())
+        return text_after(self.tokenizer, self.prompt, node.tokens())
+
+    def __repr__(self):
+        return list_leaves(self)
+
+    def _repr_html_(self):
+        return draw_outline(self)
 
     def start_ahead(self):
         """Start the search that runs ahead: from here on, with what was found so far."""
@@ -390,9 +407,28 @@ def search(keys, expand, options, tree_class=Tree):
     return trees
 
 
+def ask(expand, nodes):
+    """expand(nodes).  Raises ValueError unless it returns what `search` asks for."""
+    answer = expand(nodes)
+    wanted = "expand must return two tensors, log pi (n, V) and h (n, V) or (n, 1)"
+    if not isinstance(answer, (tuple, list)) or len(answer) != 2:
+        raise ValueError(f"{wanted}, not one {type(answer).__name__}")
+    kinds = [type(part).__name__ for part in answer if not isinstance(part, torch.Tensor)]
+    if kinds:
+        raise ValueError(f"{wanted}, not a {kinds[0]}: torch.tensor(...) makes one of a list")
+    log_probs, h = answer
+    n = len(nodes)
+    shapes = f"{tuple(log_probs.shape)} and {tuple(h.shape)}"
+    if log_probs.ndim != 2 or h.ndim != 2 or len(log_probs) != n or len(h) != n:
+        raise ValueError(f"{wanted} with n = {n} nodes, not {shapes}")
+    if h.shape[1] not in (1, log_probs.shape[1]):
+        raise ValueError(f"{wanted}, not {shapes}")
+    return log_probs, h
+
+
 def evaluate_nodes(nodes, expand, options):
     """Run the model on nodes and store their best children in them."""
-    log_probs, h = expand(nodes)
+    log_probs, h = ask(expand, nodes)
     # K leaves and the key after them lie below K + 1 children at most, the best ones, as long as
     # the order of leaves is that of their prefixes.  A node that is asked again gets as many more.
     most_known = max(0 if node.children is None else len(node.children) for node in nodes)
@@ -446,9 +482,6 @@ def score_children(log_probs, h, tokens, parents, tau, count):
     long search could swap places.
     """
     n, V = log_probs.shape
-    assert h.shape in ((n, V), (n, 1)), (
-        f"expand must return h (n, V) or (n, 1), not {tuple(h.shape)}"
-    )
     g_parent, G_parent, key_parent = zip(*parents)
     both = torch.tensor([g_parent, G_parent], dtype=torch.float64, device=log_probs.device)
     g_parent, G_parent = both  # by one copy from the host
@@ -614,7 +647,7 @@ def sample(keys, expand, options, greedy=False):
         row_of_node = {}
         for chain in chains:
             row_of_node.setdefault(chain.node, len(row_of_node))
-        log_probs, _ = expand(list(row_of_node))
+        log_probs, _ = ask(expand, list(row_of_node))
         rows = torch.tensor([row_of_node[chain.node] for chain in chains], device=log_probs.device)
         # The Gumbel-max trick: argmax of log pi(a|s) + Gumbel is a draw from pi(.|s).  Under h = 0
         # and tau = 1 that is the best child.  Under tau = 0 it is the most probable token.
@@ -736,6 +769,8 @@ class Expander:
     """
 
     def __init__(self, model, prompts, max_new_tokens, value_function=None):
+        if model.training:  # dropout would make log pi random
+            raise ValueError("the model is in training mode: call model.eval() first")
         self.backbone = model.base_model
         self.lm_head = model.get_output_embeddings()
         self.device = model.device
@@ -991,6 +1026,51 @@ def concatenate(parts):
     return Rollouts(**columns, stats=stats)
 
 
+# ------------------------------------------------------------------------------ One text, completed
+
+
+def complete(
+    model,
+    tokenizer,
+    prompt,
+    K=4,
+    *,
+    max_new_tokens=64,
+    max_nodes=1024,
+    tau=0.0,
+    stop=(),
+    value_function=None,
+    seed=0,
+):
+    """K completions of a text by A* search, as a Tree: its `leaves`, in the order they were found.
+
+    Printed, the tree is a list of its leaves; in a notebook it is drawn.
+
+    K, max_new_tokens, max_nodes, tau: bounds and temperature, as in Options.
+    stop: texts that end a completion, beside the end tokens of the model and the tokenizer.
+    value_function: as in Expander.  seed: of the noise at tau > 0.
+    Raises ValueError if the model cannot serve the search, or if the prompt has no tokens.
+    """
+    check_model(model)
+    end = getattr(model.generation_config, "eos_token_id", None)  # one id, several or None
+    ends = {tokenizer.eos_token_id, *(end if isinstance(end, (list, tuple)) else [end])}
+    prompts = [encode_prompt(tokenizer, prompt)]
+    options = Options(
+        eos=tuple(ends - {None}),
+        stop=StopTexts(tokenizer, stop, prompts),
+        K=K,
+        tau=tau,
+        width=2,
+        max_new_tokens=max_new_tokens,
+        max_nodes=max_nodes,
+    )
+    expander = Expander(model, prompts, max_new_tokens, value_function)
+    (tree,) = search(root_keys(seed, 0, [0]), expander, options)
+    tree.tokenizer = tokenizer
+    tree.prompt = prompts[0]
+    return tree
+
+
 # ------------------------------------------------------------------------------------ Demonstration
 #
 # Tokens a, b and . (the end), at most three of them, and a policy that is a table.
@@ -1083,9 +1163,40 @@ def main():
     assert abs(best.G - root.G) < 1e-12
 
 
-# ------------------------------------------------------------------------------------- Stop texts
+# -------------------------------------------------------------------------------------------- Texts
 #
-# A base model seldom writes EOS after its answer.  So a completion may end with a text as well.
+# Texts to tokens and back, exactly, and completions that end with a text: a base model seldom
+# writes EOS after its answer.
+
+
+def encode_prompt(tokenizer, text):
+    """The token ids of a text that a model goes on from.
+
+    What the tokenizer adds in front, such as a BOS, stays, but is not doubled if the text begins
+    with it.  What the tokenizer adds behind, such as an EOS, is dropped: the text is not finished.
+    Raises ValueError if there are no tokens, or if they cannot be told from what is added.
+    """
+    full = tokenizer(text, padding=False, truncation=False)["input_ids"]
+    plain = tokenizer(text, padding=False, truncation=False, add_special_tokens=False)["input_ids"]
+    if not plain:
+        raise ValueError(f"the tokenizer gives no tokens for the prompt {text!r}")
+
+    # full = front + plain + behind
+    start = 0
+    while full[start : start + len(plain)] != plain:
+        start += 1
+        if start + len(plain) > len(full):
+            raise ValueError(
+                "the tokenizer cannot be used, because with its special tokens it splits the "
+                f"prompt {text!r} differently"
+            )
+    front = full[:start]
+    # The longest end of `front` that the text itself begins with is not repeated.
+    for n in range(len(front), 0, -1):
+        if front[-n:] == plain[:n]:
+            front = front[:-n]
+            break
+    return front + plain
 
 
 def tokens_of(tokenizer, text):
@@ -1205,6 +1316,8 @@ def check_model(model, longest=None, training=False):
     another kind, recurrent layers, a scaled or capped output layer, attention that changes with
     length, and randomness in training mode.
     """
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
     refuse = f"the model type {model.config.model_type} cannot serve the search"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{refuse}: it is an encoder-decoder, not a causal language model")
@@ -1438,6 +1551,57 @@ def rough_scores(log_probs, keys):
         noise = (v * -(2.0**-52 - 2.0**-75)).log1p_().neg_().log_()
         score[:, start:end] = log_probs[:, start:end] - noise
     return score
+
+
+# ------------------------------------------------------------------------------ How a tree is shown
+
+
+def list_leaves(tree):
+    """The leaves of a tree, one a line, in the order they were found: what repr(tree) prints."""
+    head = f"{len(tree.leaves)} leaves, {tree.pops} nodes opened, ended by {tree.stopped}"
+    lines = [head, "  weight   log pi        h        f  text"]
+    for leaf in tree.leaves:
+        cut = "  (cut off)" if leaf.truncated else ""
+        numbers = f"{leaf.weight:8.3f} {leaf.g:8.2f} {leaf.h:8.2f} {leaf.f:8.2f}"
+        lines.append(f"{numbers}  {tree.text(leaf)}{cut}")
+    return "\n".join(lines)
+
+
+def draw_outline(tree, most=60):
+    """The tree as an outline in HTML: tokens in a row until paths part.  For notebooks.
+
+    Leaves are bold.  Of the other nodes that the model was run on, the `most` best by f are drawn.
+    """
+    inner = [node for node in tree.nodes.values() if node.children is not None]
+    ends = tree.leaves + heapq.nlargest(most, inner, key=operator.attrgetter("f"))
+    below = {tree.root: []}  # node -> its children that are drawn
+    for end in ends:
+        for node in end.path_nodes():
+            if node not in below:
+                below[node] = []
+                below[node.parent].append(node)
+
+    def draw(node):
+        """The list item of the path from `node` to where it parts or ends, with what is below."""
+        start = node
+        while len(below[node]) == 1 and node not in tree.leaves:
+            (node,) = below[node]
+        if start is tree.root:
+            text = tree.text(node) if node is not start else ""
+        else:
+            text = tree.text(node)[len(tree.text(start.parent)) :]
+        text = html.escape(text) or "&#8729;"  # the root where paths part at once
+        numbers = f"log pi {node.g:.2f}, h {node.h:.2f}"
+        if node in tree.leaves:
+            text = f"<b>{text}</b>"
+            numbers += f", weight {node.weight:.3f}"
+        parts = sorted(below[node], key=operator.attrgetter("f"), reverse=True)
+        deeper = "".join(draw(child) for child in parts)
+        lists = f"<ul>{deeper}</ul>" if deeper else ""
+        return f"<li><code>{text}</code> <small style='color:gray'>{numbers}</small>{lists}</li>"
+
+    head = html.escape(list_leaves(tree).splitlines()[0])
+    return f"<p>{head}</p><ul>{draw(tree.root)}</ul>"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ problem by problem, because a paired test detects smaller differences than two s
     python eval.py --json base.json                  # the tiny base, greedy; also writes base.jsonl
     python eval.py --model runs/local/checkpoint_iter_360 --decode astar --json out.json
     python eval.py --compare base.jsonl out.jsonl    # a paired test on the same problems
+    python eval.py --complete "34*12=" --decode astar    # ask one thing; no accuracy
     python eval.py --model Qwen/Qwen2.5-3B --prompt tinyzero --decode sample --max-new-tokens 512
     torchrun --standalone --nproc_per_node=2 eval.py --problems 500    # two processes, same figures
 
@@ -73,6 +74,11 @@ def make_parser():
     add("--completions", completions, type=int, default=8)
     add("--digits", "digits per operand: 2, 3, 2x3, 2-3, ...", default="2")
     add("--prompt", "prompt style", choices=tuple(data.PROMPTS), default="terse")
+    parser.add_argument(
+        "--complete",
+        metavar="TEXT",
+        help="only complete this text, and print what comes out (default: evaluate problems)",
+    )
     parser.add_argument(
         "--prefill",
         help="text that completions begin with, such as '<think>' (default: the style's own)",
@@ -374,38 +380,8 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def encode_prompts(tokenizer, problems):
-    """Prompt and prefill of each problem as token ids.  Raises what encode_prompt raises."""
-    return [encode_prompt(tokenizer, problem.text) for problem in problems]
-
-
-def encode_prompt(tokenizer, text):
-    """The token ids of a text that a model goes on from.
-
-    What the tokenizer adds in front, such as a BOS, stays, but is not doubled if the text begins
-    with it.  What the tokenizer adds behind, such as an EOS, is dropped: the text is not finished.
-    Raises ValueError if there are no tokens, or if they cannot be told from what is added.
-    """
-    full = tokenizer(text, padding=False, truncation=False)["input_ids"]
-    plain = tokenizer(text, padding=False, truncation=False, add_special_tokens=False)["input_ids"]
-    if not plain:
-        raise ValueError(f"the tokenizer gives no tokens for the prompt {text!r}")
-
-    # full = front + plain + behind
-    start = 0
-    while full[start : start + len(plain)] != plain:
-        start += 1
-        if start + len(plain) > len(full):
-            raise ValueError(
-                "the tokenizer cannot be used, because with its special tokens it splits the "
-                f"prompt {text!r} differently"
-            )
-    front = full[:start]
-    # The longest end of `front` that the text itself begins with is not repeated.
-    for n in range(len(front), 0, -1):
-        if front[-n:] == plain[:n]:
-            front = front[:-n]
-            break
-    return front + plain
+    """Prompt and prefill of each problem as token ids.  Raises ValueError if one has none."""
+    return [astar_search.encode_prompt(tokenizer, problem.text) for problem in problems]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -589,6 +565,43 @@ def problem_row(index, problem, prompt_ids, tree, model_tokens, judge):
     }
 
 
+def decode_prompts(
+    model,
+    tokenizer,
+    prompts,
+    keys,
+    *,
+    decode,
+    n,
+    max_new_tokens,
+    stop=(),
+    value_function=None,
+    tau=0.0,
+    width=2,
+    max_nodes=1024,
+):
+    """Completions of each prompt: (Trees of astar_search, model tokens of each prompt).
+
+    prompts: lists of token ids; keys: astar_search.root_keys.  The rest as in evaluate.
+    """
+    options = astar_search.Options(
+        eos=policy.stop_tokens(model, tokenizer),
+        stop=astar_search.StopTexts(tokenizer, stop, prompts),
+        K=n,
+        tau=tau,
+        width=width,
+        max_new_tokens=max_new_tokens,
+        max_nodes=max_nodes,
+    )
+    expander = astar_search.Expander(model, prompts, max_new_tokens, value_function)
+    if decode == "astar":
+        # h is the head's and options.until is not set, so nothing here knows the answer.
+        trees = astar_search.search(keys, expander, options)
+    else:
+        trees = astar_search.sample(keys, expander, options, greedy=decode == "greedy")
+    return trees, expander.spent
+
+
 @torch.no_grad()
 def evaluate(
     model,
@@ -633,31 +646,30 @@ def evaluate(
     for first in range(0, len(own), batch):
         indices = own[first : first + batch]
         prompts = encode_prompts(tokenizer, [problems[index] for index in indices])
-        options = astar_search.Options(
-            eos=policy.stop_tokens(model, tokenizer),
-            stop=astar_search.StopTexts(tokenizer, stop, prompts),
-            K=n,
-            tau=tau,
-            width=width,
-            max_new_tokens=max_new_tokens,
-            max_nodes=max_nodes,
-        )
-        expander = astar_search.Expander(model, prompts, max_new_tokens, value_function)
         # The noise depends on a problem's number, not on its chunk or rank.  No iteration of
         # training is -1.
         keys = astar_search.root_keys(seed, -1, indices)
-        if decode == "astar":
-            # h is the head's and options.until is not set, so nothing here knows the answer.
-            trees = astar_search.search(keys, expander, options)
-        else:
-            trees = astar_search.sample(keys, expander, options, greedy=decode == "greedy")
+        trees, spent = decode_prompts(
+            model,
+            tokenizer,
+            prompts,
+            keys,
+            decode=decode,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            value_function=value_function,
+            tau=tau,
+            width=width,
+            max_nodes=max_nodes,
+        )
         for i, index in enumerate(indices):
             row = problem_row(
                 index=index,
                 problem=problems[index],
                 prompt_ids=prompts[i],
                 tree=trees[i],
-                model_tokens=expander.spent[i],
+                model_tokens=spent[i],
                 judge=judge,
             )
             row["scores"] = problem_scores(row, decode)
@@ -870,8 +882,11 @@ def check_arguments(arguments):
 
     Fills in the stop texts of the prompt style, unless some were given.
     """
-    if arguments.compare and arguments.json:
-        raise ValueError("--compare only prints: leave --json out")
+    for name in ("compare", "complete"):
+        if getattr(arguments, name) is not None and arguments.json:
+            raise ValueError(f"--{name} only prints: leave --json out")
+    if arguments.complete is not None and (arguments.eval_file or arguments.n):
+        raise ValueError("--complete asks one thing: leave --eval-file and --n out")
     for name in ("n", "completions", "max_new_tokens", "width", "max_nodes", "batch"):
         number = getattr(arguments, name)
         if number is not None and number < 1:
@@ -887,6 +902,8 @@ def check_arguments(arguments):
 
 def load_problems(arguments):
     """The problems that the flags ask for.  Raises ValueError if there are fewer than --n."""
+    if arguments.complete is not None:
+        return [data.Problem(arguments.complete, answer=None, prefill=arguments.prefill or "")]
     n = arguments.n
     path = arguments.eval_file
     if not path:
@@ -909,8 +926,8 @@ def load_model(arguments, problems, ranks):
     arguments.model = fsdp.newest_checkpoint(arguments.model)
     model, tokenizer = policy.load_policy(arguments.model, device=ranks.device)
     policy.use_threads(model, arguments.threads)
-    prompts = encode_prompts(tokenizer, problems)
     check_known(tokenizer, problems)
+    prompts = encode_prompts(tokenizer, problems)
     longest_prompt = max(len(ids) for ids in prompts)
     policy.check_context(model, longest_prompt, arguments.max_new_tokens)
     astar_search.check_model(model, longest=longest_prompt + arguments.max_new_tokens)
@@ -942,8 +959,41 @@ def print_results(result, rows, arguments):
     assert abs(result["accuracy"] - correct / drawn) < 1e-9
 
 
+def print_completions(model, tokenizer, problem, guide, arguments):
+    """--complete: what the model writes behind a text, with log pi; of a search also its numbers.
+
+    Raises ValueError if nothing was finished within the bounds.
+    """
+    (prompt,) = encode_prompts(tokenizer, [problem])
+    (tree,), spent = decode_prompts(
+        model,
+        tokenizer,
+        [prompt],
+        astar_search.root_keys(arguments.seed, -1, [0]),
+        decode=arguments.decode,
+        n=arguments.completions,
+        max_new_tokens=arguments.max_new_tokens,
+        stop=arguments.stop,
+        value_function=guide,
+        tau=arguments.tau,
+        width=arguments.width,
+        max_nodes=arguments.max_nodes,
+    )
+    tree.tokenizer, tree.prompt = tokenizer, prompt
+    if not tree.leaves:
+        raise ValueError("the search finished no completion: raise --max-nodes")
+    print(f"{arguments.model}, {arguments.decode}, {sum(spent)} model tokens")
+    if arguments.decode == "astar":
+        print(tree)
+        return
+    print("  drawn   log pi  text")
+    for leaf in sorted(tree.leaves, key=operator.attrgetter("count"), reverse=True):
+        cut = "  (cut off)" if leaf.truncated else ""
+        print(f"{leaf.count:7d} {leaf.g:8.2f}  {tree.text(leaf)}{cut}")
+
+
 def run(argv):
-    """Read the flags, then evaluate or compare.
+    """Read the flags, then evaluate, complete one text or compare.
 
     A flag or file that cannot be used ends the process with one sentence and exit status 2.
     """
@@ -961,6 +1011,10 @@ def run(argv):
         check_files = functools.partial(check_output, arguments.json, arguments.overwrite)
         fsdp.on_main(check_files, ranks)
         model, tokenizer, guide = load_model(arguments, problems, ranks)
+        if arguments.complete is not None:
+            if ranks.is_main:
+                print_completions(model, tokenizer, problems[0], guide, arguments)
+            return fsdp.shutdown(ranks)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
             parser.error(f"{error.filename} cannot be read ({error.strerror})")

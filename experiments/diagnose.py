@@ -217,7 +217,8 @@ def descend_by_epochs(critic, loss_of, fitted_rows, other_rows, epochs, batch, r
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            loss = sum(loss_of(rows).item() for rows in other_rows.split(512))
+            parts = other_rows.split(512)
+            loss = sum(loss_of(rows).item() for rows in parts) / len(parts)
         print(f"critic, epoch {epoch + 1}: loss on other problems {loss:.4f}", flush=True)
         if loss < best:
             best = loss
