@@ -74,11 +74,8 @@ def make_parser():
     add("--completions", completions, type=int, default=8)
     add("--digits", "digits per operand: 2, 3, 2x3, 2-3, ...", default="2")
     add("--prompt", "prompt style", choices=tuple(data.PROMPTS), default="terse")
-    parser.add_argument(
-        "--complete",
-        metavar="TEXT",
-        help="only complete this text, and print what comes out (default: evaluate problems)",
-    )
+    complete = "only complete this text, and print it (default: evaluate problems)"
+    parser.add_argument("--complete", metavar="TEXT", help=complete)
     parser.add_argument(
         "--prefill",
         help="text that completions begin with, such as '<think>' (default: the style's own)",

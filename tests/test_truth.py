@@ -1127,7 +1127,7 @@ def test_results_are_saved_before_they_are_printed(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "print_results", fails)
     flags = ["--n", "1", "--json", str(tmp_path / "out.json"), "--device", "cpu"]
     with pytest.raises(BrokenPipeError):
-        evaluation.main(flags)
+        evaluation.run(flags)
     assert (tmp_path / "out.json").exists()
     assert len(rows(tmp_path / "out.jsonl")) == 1
 
