@@ -83,6 +83,13 @@ TASK_METHODS = {
     "sampling 8": f"{SAMPLE} 8",
 }
 
+# Plain A* and sampling on one grid of budgets (thousand model tokens): the iterations that cost as
+# much.  Each run is annealed to its end and evaluated there.
+BUDGETS = {
+    "A* tau 0, h=0, em": ("--guide none", {65: 18, 85: 24, 112: 32, 160: 47, 230: 70}),
+    "sampling 4, em": ("--rollout sample", {65: 25, 85: 33, 112: 43, 160: 62, 230: 90}),
+}
+
 RATES = ("2e-4", "4e-4", "1e-4")  # the same three for every method
 HARD_METHODS = [name for name in METHODS if "512" in name] + ["sampling 8, em", "sampling 8, grpo"]
 EM_METHODS = [name for name in METHODS if name.endswith("em") and "512" not in name]
@@ -113,7 +120,19 @@ def runs(methods, rates, iterations, common=COMMON):
     return suite
 
 
+def budget_runs():
+    """name -> flags: `--config quick` by both methods, for each budget."""
+    suite = {}
+    for name, (flags, iterations_of) in BUDGETS.items():
+        for budget, n in iterations_of.items():
+            suite[f"{name}; {budget} k"] = (
+                f"--config quick {flags} --iterations {n} --eval-every {n} --samples 0"
+            )
+    return suite
+
+
 SUITES = {
+    "budgets": budget_runs(),
     # all methods, 4 iterations of warm-up
     "base": runs(METHODS, RATES, [40, 80]),
     # the em loss, 1 iteration of warm-up
