@@ -5,7 +5,8 @@
 Three letters, at most two of them, and a policy that is a table.  Every number stands beside its
 equation.  But for the dice, only numbers printed above it go into it, so each can be recomputed
 with a pocket calculator.  (Numbers are computed in float64 and printed with three decimals: your
-last digit may differ by one or two.)
+last digit may differ by one or two.)  Steps 2 to 6 are Gumbel leaves under PPO, with GRPO and apo
+beside it.  Step 7 takes the same problem as `python train.py` does: plain A* until right, em.
 
 The functions are the ones that train.py calls; their names stand at the right.  What train.py would
 ask a model, the table answers here.
@@ -176,10 +177,23 @@ class PrintedTree(astar_search.Tree):
         """Print the queue as it was before `node` was popped, then the node and its children."""
         print(f"   queue:   {queue_text([*self.queue, (-node.f, node)])}")
         facts = {"g": node.g, "G": node.G, "h": node.h, "f": node.f}
+        if self.options.tau == 0:
+            del facts["G"]  # there is no noise
         line = "".join(f"  {letter}{numbers(x)}" for letter, x in facts.items())
         print(f"   pop {text_of(node):4s}{line}{'   a leaf' if node.is_leaf else ''}")
-        if not node.is_leaf:
+        if not node.is_leaf and self.options.tau > 0:
             print_children(node)
+        elif not node.is_leaf:
+            print_plain_children(node)
+
+
+def print_plain_children(node):
+    """The children of an evaluated node in a search without noise, in the order of the letters."""
+    rows = []
+    for child in sorted(node.children, key=lambda child: child["token"]):
+        columns = (child["log_prob"], child["g"], child["h"], child["f"])
+        rows.append((text_of(node) + LETTERS[child["token"]], columns))
+    print_table(("below", "logπ", "g", "h", "f"), rows)
 
 
 def print_children(node):
@@ -460,8 +474,70 @@ def show_update(walk):
     print(f"   loss:  ppo {numbers(loss)}")
 
 
+# -------------------------------------------------------------------------- 7 The default algorithm
+
+
+def is_right(leaf):
+    """For Options.until: in training the search is told what is right."""
+    return reward_of(text_of(leaf)) == 1.0
+
+
+def plain_search(h):
+    """Plain A* until right, printed.  h (3,): of each prefix.  Returns (Tree, Rollouts)."""
+    options = dataclasses.replace(OPTIONS, tau=0.0, K=8, until=is_right)
+    expander = TableExpander(h)
+    keys = astar_search.root_keys(seed=0, iteration=1, indices=[0])
+    trees = astar_search.search(keys, expander, options, tree_class=PrintedTree)
+    leaves = " ".join(text_of(leaf) for leaf in trees[0].leaves)
+    print(f"   {text_of(trees[0].leaves[-1])} is right: done; leaves {leaves}")
+    return trees[0], astar_search.collect(trees, expander)
+
+
+def show_default(walk):
+    """The same problem by plain A* until right (tau = 0) and em, with its own update."""
+    print()
+    print(
+        "7  As python train.py does it: plain A* (τ = 0, f = g + h) until a leaf is right, and em"
+    )
+    print("   First with the h of step 1:")
+    plain_search(walk.h)
+    print("   Now with h = 0 (--guide none).  In a tie of f the smaller path comes first.")
+    tree, rollouts = plain_search(torch.zeros(3, dtype=torch.float64))
+
+    walk.rollouts = rollouts
+    walk.texts = [text_of(leaf) for leaf in tree.leaves]
+    walk.mask = rollouts.mask
+    pi = torch.tensor([math.exp(leaf.g) for leaf in tree.leaves], dtype=torch.float64)
+    walk.r = torch.tensor([reward_of(text) for text in walk.texts], dtype=torch.float64)
+    walk.w = policy.normalise_weights(rollouts.weight.double(), rollouts.problem)
+    targets = value.soft_target(walk.r, *BOUNDS, BETA)
+    A = policy.em_advantages(targets, walk.w, rollouts.problem, correct=walk.r == 1.0)
+    print_equation(
+        "   em: w = π / Σ π (no noise, no q),  t = target of step 4,  Z = Σ w t,  A = t_max t / Z",
+        "policy.em_advantages",
+    )
+    columns = torch.stack([pi, walk.w, walk.r, targets, A], dim=1)
+    print_table(("found", "π", "w", "r", "t", "A"), zip(walk.texts, columns.tolist()))
+
+    m = walk.w[:, None] * walk.mask
+    walk.m = m / m.sum()
+    walk.advantages = A[:, None] * walk.mask
+    walk.old_log_prob = token_log_prob(walk, PI.log())
+    # em has the loss of ppo; the advantages alone are others.
+    loss, c, gradient = loss_and_gradients(walk, "ppo", PI.log())
+    print("   The loss is that of ppo, c = -m A.  A wrong leaf has c = 0, so it is not run at all.")
+    print_table(("written", "m", "A", "c"), token_rows(walk, [walk.m, walk.advantages, c]))
+    print(f"   loss:  em {numbers(loss)}")
+    print_table(("em", "a", "b", "."), zip(PREFIXES, gradient.tolist()))
+    after = torch.softmax(PI.log() - RATE * gradient, dim=1)
+    print("   One step, θ ← θ - 2 ∂loss/∂θ:")
+    print_table(("then", "π(a|s)", "π(b|s)", "π(.|s)"), zip(PREFIXES, after.tolist()))
+    before = numbers(probability_of_b_end(PI))
+    print(f"   em: π(b.)  before {before}  after {numbers(probability_of_b_end(after))}")
+
+
 def main():
-    """The six steps."""
+    """The seven steps."""
     walk = Walk()
     show_problem(walk)
     show_search(walk)
@@ -469,6 +545,7 @@ def main():
     show_advantages(walk)
     show_losses(walk)
     show_update(walk)
+    show_default(walk)
 
 
 if __name__ == "__main__":

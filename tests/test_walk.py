@@ -29,7 +29,18 @@ def output():
 
 @pytest.fixture(scope="module")
 def walk(output):
-    """(tables, lines) of the output.
+    """read_page of steps 1 to 6."""
+    return read_page(output[: output.index("\n7  ")])
+
+
+@pytest.fixture(scope="module")
+def default(output):
+    """read_page of step 7."""
+    return read_page(output[output.index("\n7  ") :])
+
+
+def read_page(output):
+    """(tables, lines) of an output.
 
     tables: first word of the headings -> the tables with such headings, in order, each as
     {label of a row: {heading: number}}.
@@ -111,8 +122,9 @@ def read_pops(lines):
     pops = []
     for line in lines:
         if line.startswith("   pop "):
-            words = line.split()  # pop NAME g 0.000 G 0.000 h 0.000 f 0.000 [a leaf]
-            numbers = dict(zip(words[2:10:2], [float(x) for x in words[3:10:2]]))
+            words = line.split()  # pop NAME g 0.000 [G 0.000] h 0.000 f 0.000 [a leaf]
+            pairs = re.findall(r" (\w) +(-?\d+\.\d{3}|inf)", line)
+            numbers = {letter: float(x) for letter, x in pairs}
             pops.append((words[1], numbers, words[-1] == "leaf"))
     return pops
 
@@ -379,7 +391,7 @@ def test_the_clip(walk):
 def test_the_functions_at_the_right_exist(output):
     """Guards against a name that the rest of the project has changed."""
     names = re.findall(r" {2,}((?:astar_search|policy|value)\.[\w.]+)$", output, re.MULTILINE)
-    assert len(names) == 12
+    assert len(names) == 13
     for name in names:
         module, *attributes = name.split(".")
         thing = importlib.import_module(module)
@@ -396,3 +408,95 @@ def test_the_walkthrough_quotes_it(output):
     assert quoted
     for block in quoted:
         assert block in output
+
+
+# ---------------------------------------------------------------------------- The default algorithm
+
+
+def test_plain_search_until_right(walk, default):
+    """Step 7: children, queue and stop of both searches, from the table of step 1 alone.
+
+    Guards against noise at tau = 0, an h of the child's own, and a search that goes on.
+    """
+    (problem,) = walk[0]["s"][:1]
+    tables, lines = default
+    assert "Gumbel" not in "".join(lines) and len(tables["below"]) == 6
+    starts = [i for i, line in enumerate(lines) if " x     inf" in line]
+    assert len(starts) == 2
+    for start, h_of, leaves in (
+        (starts[0], {name: row["h(s)"] for name, row in problem.items()}, ["xb."]),
+        (starts[1], dict.fromkeys(problem, 0.0), ["xaa", "xb."]),
+    ):
+        f = {"x": math.inf}
+        queue = ["x"]  # every child is queued at once here: the order of pops is the same
+        found = []
+        pops = []
+        while not found or found[-1] != "xb.":
+            name = min(queue, key=lambda name: (-round(f[name], 3), name))
+            queue.remove(name)
+            pops.append(name)
+            if len(name) == 3 or name.endswith("."):
+                found.append(name)
+                continue
+            for letter in LETTERS:
+                g = 0.0
+                for t in range(1, len(name)):
+                    g += math.log(problem[name[:t]][f"π({name[t]}|s)"])
+                child = name + letter
+                g += math.log(problem[name][f"π({letter}|s)"])
+                f[child] = g + h_of[name]
+                queue.append(child)
+        own = lines[start:]
+        printed = read_pops(own)[: len(pops)]
+        assert [name for name, *_ in printed] == pops and found == leaves
+        for name, row, _ in printed[1:]:
+            assert "G" not in row
+            assert_near(f[name], row["f"])
+            assert_near(row["g"] + row["h"], row["f"])
+        assert f"xb. is right: done; leaves {' '.join(found)}" in "\n".join(own)
+
+
+def test_em_from_the_printed_numbers(walk, default):
+    """Weights, advantages, gradient and update of em: each solved problem counts alike.
+
+    Guards against q at tau = 0, and against a wrong leaf that teaches.
+    """
+    policy_rows = walk[0]["s"][0]
+    tables, lines = default
+    (found,) = tables["found"]
+    total = sum(row["π"] for row in found.values())
+    Z = sum(row["π"] / total * row["t"] for row in found.values())
+    for leaf, row in found.items():
+        pi = policy_rows["x"][f"π({leaf[1]}|s)"] * policy_rows[leaf[:2]][f"π({leaf[2]}|s)"]
+        assert_near(pi, row["π"])
+        assert_near(pi / total, row["w"])
+        assert row["r"] == (1.0 if leaf == "xb." else -1.0)
+        assert row["t"] == (1.0 if leaf == "xb." else 0.0)
+        assert_near(row["t"] / Z, row["A"], units=5)
+    (written,) = tables["written"]
+    weights = [found[leaf]["w"] for leaf in found for _ in leaf[1:]]
+    for row, w in zip(written.values(), weights, strict=True):
+        assert_near(w / sum(weights), row["m"])
+        assert_near(-row["m"] * row["A"], row["c"])
+    loss = numbers_after(lines, "loss:  em")[0]
+    assert_near(-sum(row["m"] * row["A"] for row in written.values()), loss, units=4)
+
+    (gradient,) = tables["em"]
+    (then,) = tables["then"]
+    tokens = {"x": "x→b", "xb": "xb→."}
+    for prefix, row in gradient.items():
+        theta = {}
+        for letter in LETTERS:
+            pi = policy_rows[prefix][f"π({letter}|s)"]
+            slope = 0.0
+            if prefix in tokens:
+                label = tokens[prefix]
+                slope = written[label]["c"] * ((letter == label[-1]) - pi)
+            assert_near(slope, row[letter])
+            theta[letter] = math.log(pi) - 2 * row[letter]
+        norm = sum(math.exp(x) for x in theta.values())
+        for letter in LETTERS:
+            assert_near(math.exp(theta[letter]) / norm, then[prefix][f"π({letter}|s)"])
+    before, after = numbers_after(lines, "em: π(b.)")
+    assert_near(policy_rows["x"]["π(b|s)"] * policy_rows["xb"]["π(.|s)"], before)
+    assert_near(then["x"]["π(b|s)"] * then["xb"]["π(.|s)"], after)
