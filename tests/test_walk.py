@@ -421,6 +421,9 @@ def test_plain_search_until_right(walk, default):
     (problem,) = walk[0]["s"][:1]
     tables, lines = default
     assert "Gumbel" not in "".join(lines) and len(tables["below"]) == 6
+    for children in tables["below"]:
+        for row in children.values():
+            assert_near(row["g"] + row["h"], row["f"])
     starts = [i for i, line in enumerate(lines) if " x     inf" in line]
     assert len(starts) == 2
     for start, h_of, leaves in (
