@@ -61,29 +61,39 @@ class Config:
     # The task: what is asked of which model, and what an answer earns.  Problems are made
     # (`digits`), or read from files.  The reward is the built-in one, or a function of the user's.
     model: str = flag(TINY_BASE, "folder or hub id of the base model")
-    prompt: str = flag("terse", "prompt style", choices=tuple(data.PROMPTS))
+    prompt: str = flag("terse", "wording: 12*34=, or TinyZero's", choices=tuple(data.PROMPTS))
     digits: str = flag("2", "digits per operand: 2, 3, 2x3, 2-3, ... up to 6")
     train_file: str = flag(
         "",
-        "jsonl file of training problems (prompt, answer), not made ones; the tiny base knows "
-        "0-9 * = + - , space, new line and the tags",
+        "train on the problems of this jsonl file (prompt, answer) instead of made products; the "
+        "tiny base knows 0-9 * = + - , space, new line and the tags",
     )
-    eval_file: str = flag("", "jsonl file of evaluation problems")
-    reward: str = flag("", "FILE.py:FUNCTION, a reward of your own; the next two flags are unused")
+    eval_file: str = flag("", "evaluate on the problems of this jsonl file")
+    reward: str = flag(
+        "",
+        "FILE.py:FUNCTION, a reward of your own; --format-bonus and --length-penalty belong to the "
+        "built-in one",
+    )
     format_bonus: float = flag(0.1, "added to the reward of a well-formed completion", low=0)
-    length_penalty: float = flag(0.0, "taken off the reward of a completion of full length", low=0)
+    length_penalty: float = flag(
+        0.0, "taken off the reward of a completion of --max-new-tokens", low=0
+    )
 
     # Rollouts: how completions are found.  A search of a problem ends with its first right leaf
     # (`until_right`), at K leaves, when its leaves hold enough of pi (`cover`), or at `max_nodes`.
     # `width` and `rollout_batch` trade memory for speed; they change nothing but rounding.
-    rollout: str = flag("astar", "A* search, or i.i.d. sampling", choices=("astar", "sample"))
-    problems_per_iteration: int = flag(64, "problems an iteration", low=1)
-    rollouts_per_problem: int = flag(64, "K: most leaves of a search, or completions drawn", low=1)
-    tau: float = flag(0.0, "0: plain A*; 1: Gumbel search, random draws", low=0, high=1)
-    beta: float = flag(0.2, "temperature of the soft value h", above=0)
-    guide: str = flag("head", "h of the search: the value head's, or 0", choices=("head", "none"))
+    rollout: str = flag(
+        "astar", "where completions come from: A* search, or sampling", choices=("astar", "sample")
+    )
+    problems_per_iteration: int = flag(64, "problems drawn for an iteration", low=1)
+    rollouts_per_problem: int = flag(64, "most completions of a search (K), or samples", low=1)
+    tau: float = flag(0.0, "noise of the search; 0: plain A*, 1: random draws", low=0, high=1)
+    beta: float = flag(0.2, "temperature of rewards in h: r/beta is in nats", above=0)
+    guide: str = flag(
+        "head", "guide the search: by the value head, or h = 0", choices=("head", "none")
+    )
     until_right: str = flag("on", "stop a search with its first right leaf", choices=("on", "off"))
-    cover: float = flag(1.0, "stop when the leaves hold this much of pi; 1: never", above=0, high=1)
+    cover: float = flag(1.0, "stop when leaves hold this share of pi; 1: never", above=0, high=1)
     leaf_weights: str = flag("on", "weigh leaves by pi/q in all losses", choices=("on", "off"))
     max_new_tokens: int = flag(48, "longest completion in tokens", low=1)
     stop: list = flag(
@@ -96,8 +106,8 @@ class Config:
 
     # Losses: what is made of the leaves.  em, ppo and grpo are one clipped loss with different
     # advantages; apo is a regression that needs samples of the base.  See policy.py.
-    loss: str = flag("em", "policy loss", choices=("ppo", "grpo", "em", "apo"))
-    gae_lambda: float = flag(0.95, "lambda of GAE (ppo)", low=0, high=1)
+    loss: str = flag("em", "what moves the policy", choices=("ppo", "grpo", "em", "apo"))
+    gae_lambda: float = flag(0.95, "ppo: lambda of GAE", low=0, high=1)
     clip: float = flag(0.2, "epsilon of PPO's clip (ppo, grpo, em)", above=0)
     entropy_coef: float = flag(0.0, "weight of the entropy bonus (ppo, grpo, em)", low=0)
     beta1: float = flag(0.5, "apo: temperature of V*, estimated on samples of the base", above=0)
@@ -111,11 +121,11 @@ class Config:
     minibatches: int = flag(2, "optimiser steps a pass", low=1)
     micro_batch: int = flag(64, "rollouts a forward of the update; changes only rounding", low=1)
     learning_rate: float = flag(2e-4, "peak learning rate of the policy", above=0)
-    value_epochs: int = flag(0, "more passes of the value head alone, an iteration", low=0)
+    value_epochs: int = flag(0, "passes of the value head alone, after the others", low=0)
     value_learning_rate: float = flag(1e-3, "peak learning rate of the value head", above=0)
     warmup: int = flag(1, "iterations of linear warm-up, before the cosine", low=0)
     final_rate: float = flag(0.02, "last learning rate, as a share of the peak", low=0, high=1)
-    weight_decay: float = flag(0.0, "AdamW's weight decay", low=0)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", low=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient", above=0)
     average: float = flag(
         0.0,
@@ -133,8 +143,8 @@ class Config:
 
     # The run: where it runs, what it writes and how often.  Apart from the seed, none of these
     # changes what is learned, but for rounding.
-    seed: int = flag(0, "of problems, noise and order: same seed, same run", low=0, high=2**31)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    seed: int = flag(0, "seed of problems, noise and order of the steps", low=0, high=2**31)
+    device: str = flag("auto", "cpu, cuda, cuda:1, ...; auto is a GPU if there is one")
     threads: int = flag(
         0, "CPU threads; 0: one for a small model, else one a core", low=0, high=512
     )
@@ -144,8 +154,10 @@ class Config:
     output_dir: str = flag("runs/local", "where everything is written")
     eval_every: int = flag(20, "iterations between evaluations; also before the first", low=1)
     eval_problems: int = flag(500, "held-out problems of an evaluation; of a file the first", low=1)
-    eval_decode: str = flag("greedy", "how to decode", choices=("greedy", "sample", "astar"))
-    eval_completions: int = flag(8, "completions or leaves a problem, if not greedy", low=1)
+    eval_decode: str = flag(
+        "greedy", "how an evaluation decodes", choices=("greedy", "sample", "astar")
+    )
+    eval_completions: int = flag(8, "sample, astar: completions a problem, evaluated", low=1)
     checkpoint_every: int = flag(20, "iterations between checkpoints; also at the end", low=1)
     keep_checkpoints: int = flag(2, "older checkpoints than the newest n are removed", low=1)
     samples: int = flag(4, "rollouts an iteration that are written to samples.jsonl", low=0)
@@ -309,14 +321,14 @@ def shown(value):
 def help_text(field):
     """The help of a flag, with its default and the presets that change it."""
     values = []
-    if field.default not in ("", False, ()):
-        values.append(f"default {shown(field.default)}")
+    if field.type is not bool:  # a switch is off unless it is named
+        default = "none" if field.default in ("", ()) else shown(field.default)
+        values.append(f"default {default}")
     for name, preset in PRESETS.items():
         if field.name in preset:
             values.append(f"{name}: {shown(preset[field.name])}")
-    if not values:
-        return field.metadata["help"]
-    return f"{field.metadata['help']} ({'; '.join(values)})"
+    meaning = field.metadata["help"]
+    return f"{meaning} ({'; '.join(values)})" if values else meaning
 
 
 def preset_or_file(name):

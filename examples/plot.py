@@ -1,10 +1,11 @@
 """plot.py -- curves of runs on one page: accuracy, reward, length, entropy, KL, and the critic.
 
     pip install -r examples/requirements.txt
-    python examples/plot.py runs/local runs/sample --x seconds --png curves.png
+    python examples/plot.py runs/local runs/sample --x seconds      # writes runs/local/curves.png
     python examples/plot.py experiments/results/main_job/ppo_seed?.jsonl
 
-A run is named by its folder or by its metrics.jsonl.
+A run is named by its folder or by its metrics.jsonl.  The picture goes into the folder of the first
+run, or as curves.png to where you are if that is a file.
 """
 
 import argparse
@@ -111,8 +112,11 @@ def main(argv=None):
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder or metrics.jsonl")
     parser.add_argument("--x", choices=X, default="tokens")
-    parser.add_argument("--png", default="curves.png", help="where the picture goes")
+    parser.add_argument("--png", help="where the picture goes (default: the first run's folder)")
     args = parser.parse_args(argv)
+    if args.png is None:
+        folder = args.runs[0] if os.path.isdir(args.runs[0]) else ""
+        args.png = os.path.join(folder, "curves.png")
     try:
         draw([read(path) for path in args.runs], args.x, args.png)
     except (ValueError, OSError) as error:

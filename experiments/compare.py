@@ -84,8 +84,8 @@ TASK_METHODS = {
 }
 
 # Plain A* and sampling on one grid of budgets (thousand model tokens): the iterations that cost
-# about as much.  Each run is annealed to its end and evaluated there.  Sampling goes on until it has
-# 80 % as well.
+# about as much.  Each run is annealed to its end and evaluated there.  Sampling goes on until it
+# has 80 % as well.
 BUDGETS = {
     "A* tau 0, h=0, em": ("--guide none", {65: 18, 85: 24, 112: 32, 160: 47}),
     "sampling 4, em": ("--rollout sample", {65: 16, 85: 21, 112: 28, 160: 41, 230: 60, 340: 90}),
