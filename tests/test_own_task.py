@@ -3,6 +3,7 @@
 What a user's function may do, what is said when it fails, and what a run remembers of it.
 """
 
+import itertools
 import json
 import pathlib
 import runpy
@@ -72,7 +73,97 @@ def error_of_run(capsys, status, flags):
     return error
 
 
-# -------------------------------------------------------------------------------------- The example
+# ------------------------------------------------------------------------- The example of countdown
+
+COUNTDOWN = ROOT / "examples" / "countdown"
+COUNTDOWN_REWARD = f"{COUNTDOWN / 'reward.py'}:reward"
+
+
+def make_countdown(folder, *flags):
+    """Run the example's make.py, which writes train.jsonl and eval.jsonl there."""
+    command = [sys.executable, COUNTDOWN / "make.py", *flags, folder]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def solutions(numbers, target):
+    """Calculations of three numbers that reach a target, as texts, by trying all."""
+    found = []
+    for a, b, c in itertools.permutations(numbers):
+        values = {
+            f"{a}+{b}+{c}": a + b + c,
+            f"{a}+{b}-{c}": a + b - c,
+            f"{a}-{b}+{c}": a - b + c,
+            f"{a}-{b}-{c}": a - b - c,
+            f"{a}*{b}+{c}": a * b + c,
+            f"{a}*{b}-{c}": a * b - c,
+            f"{a}+{b}*{c}": a + b * c,
+            f"{a}-{b}*{c}": a - b * c,
+            f"{a}*{b}*{c}": a * b * c,
+        }
+        found += [text for text, value in values.items() if value == target]
+    return found
+
+
+@pytest.mark.parametrize("flags, prefill", [([], ""), (["--words"], "<think>")])
+def test_every_countdown_can_be_solved(flags, prefill, tmp_path):
+    """By brute force, and the reward agrees.  No numbers of the evaluation are trained on."""
+    make_countdown(tmp_path, *flags)
+    training = data.read_problems(tmp_path / "train.jsonl", any_answer=True)
+    held_out = data.read_problems(tmp_path / "eval.jsonl", any_answer=True)
+    reward = reward_module.load_reward(COUNTDOWN_REWARD)
+    for problem in training[::7] + held_out:
+        numbers, target = problem.answer["numbers"], problem.answer["target"]
+        assert str(target) in problem.prompt and str(numbers[0]) in problem.prompt
+        right = solutions(numbers, target)
+        assert right, problem
+        verdict = reward.judge(problem, f"{problem.prefill}<answer>{right[0]}</answer>")
+        assert verdict["correct"] and verdict["reward"] == 1
+    assert len(training) > 1000 and len(held_out) > 100
+
+    def numbers_of(problems):
+        return {tuple(problem.answer["numbers"]) for problem in problems}
+
+    assert numbers_of(training).isdisjoint(numbers_of(held_out))
+    assert all(problem.prefill == prefill for problem in training)
+
+
+@pytest.mark.parametrize(
+    "completion, share",
+    [
+        ("<answer>2+3*5</answer>", 1),
+        ("<think>5*3=15</think><answer> 3 * 5 + 2 </answer>", 1),
+        ("<answer>2*3+5</answer>", 0.5),  # the numbers, but 11
+        ("<answer>17</answer>", 0),
+        ("<answer>2+15</answer>", 0.5 / 3),
+        ("<answer>2+3*5+0</answer>", 0),  # 0 is no number of the task
+        ("<answer>2+3*5+1-1</answer>", 0.5 * 3 / 5),
+        ("<answer>3+3+3</answer>", 0.5 / 3),
+        ("<answer>2+3*5=17</answer>", 0),
+        ("<answer>__import__('os')</answer>", 0),
+        ("2+3*5", 0),
+    ],
+)
+def test_the_reward_of_countdown_by_hand(completion, share):
+    """Guards against a number that is used twice, and against text that is run as Python."""
+    reward = reward_module.load_reward(COUNTDOWN_REWARD)
+    problem = data.Problem("2,3,5 17=", {"numbers": [2, 3, 5], "target": 17})
+    verdict = reward.judge(problem, completion)
+    assert verdict["reward"] == pytest.approx(share)
+    assert verdict["correct"] == (share == 1)
+    assert verdict["formatted"] == ("<answer>" in completion)
+
+
+def test_countdown_trains(tmp_path):
+    """One iteration by the tiny base: the files and the reward are accepted."""
+    make_countdown(tmp_path)
+    flags = ["--train-file", tmp_path / "train.jsonl", "--eval-file", tmp_path / "eval.jsonl"]
+    flags += ["--reward", COUNTDOWN_REWARD, "--iterations", "1", "--output-dir", tmp_path / "run"]
+    train.main([*SMALL, *[str(flag) for flag in flags]])
+    first, last = rows(tmp_path / "run" / "metrics.jsonl")
+    assert first["eval_accuracy"] == 0 and 0 <= last["reward_mean"] <= 1
+
+
+# -------------------------------------------------------------------------- The example of sorting
 
 
 def test_the_example_holds_out_whole_sets_of_digits(files):

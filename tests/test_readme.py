@@ -437,7 +437,7 @@ def test_quick_commands_run_and_print_what_is_quoted(checked):
         shlex.join(words) in outputs or in_newcomers_check(words) for words in quick
     )
     quoted = [code for kind, code in BLOCK.findall(WALKTHROUGH) if kind == "text"]
-    assert len(quoted) == 6 and all(code in outputs["python examples/walk.py"] for code in quoted)
+    assert len(quoted) == 7 and all(code in outputs["python examples/walk.py"] for code in quoted)
     (mermaid,) = [code for kind, code in BLOCK.findall(WALKTHROUGH) if kind == "mermaid"]
     assert mermaid in (checked["folder"] / "out.md").read_text()
     assert "<html" in (checked["folder"] / "out.html").read_text()

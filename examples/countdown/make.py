@@ -5,10 +5,12 @@ A line is {"prompt": "2,3,5 17=", "answer": {"numbers": [2, 3, 5], "target": 17}
 it.  Numbers are 1 to 9, operators are + - *, without brackets; every target from 1 to 99 that can
 be reached is a problem.
 
-    python examples/countdown/make.py [FOLDER]          # default: the folder of this file
-    python examples/countdown/make.py --words FOLDER    # TinyZero's words, for a real model
+    python examples/countdown/make.py --words [FOLDER]  # TinyZero's words, for a real model
+    python examples/countdown/make.py [FOLDER]          # as above, for a model of few tokens
 
-The prompts in words end like TinyZero's, with an opened <think> (a prefill).
+FOLDER is that of this file, unless another is named.  The prompts in words end like TinyZero's,
+with an opened <think> (a prefill).  The tiny base does not learn this task: it never writes an
+operator in an answer, so there is nothing to reinforce (60 iterations of --config ppo, seed 0).
 """
 
 import itertools
