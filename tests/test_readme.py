@@ -455,9 +455,11 @@ for name in ("policy", "fsdp"):
     importlib.import_module(name)
     sys.path.pop(0)
 print(sorted(set({eight}) & set(sys.modules)), sys.modules["fsdp"].init_ranks(device="cpu").is_main)
-for snippet in {snippets}:
-    print("----")
-    exec(snippet, {{}})  # each with names of its own, so that none relies on an import of another
+for page in {pages}:
+    names = {{}}  # of a page: a snippet may go on from the one above it
+    for snippet in page:
+        print("----")
+        exec(snippet, names)
 """
 
 
@@ -471,10 +473,10 @@ def alone(tmp_path_factory):
         shutil.copy(ROOT / f"{name}.py", folder / name)
     shutil.copy(ROOT / "astar_search.py", folder)
     (folder / "tiny_base").symlink_to(ROOT / "tiny_base")
-    snippets = python_blocks(README) + python_blocks(WALKTHROUGH)
+    pages = [python_blocks(README), python_blocks(WALKTHROUGH)]
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_HUB_OFFLINE"] = "1"
-    code = ALONE.format(eight=EIGHT, snippets=snippets)
+    code = ALONE.format(eight=EIGHT, pages=pages)
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -490,7 +492,13 @@ def test_the_snippets_run_as_they_stand(alone):
     """Guards against a snippet that rots, and an import of a sibling in astar_search.py."""
     for code in python_blocks(README) + python_blocks(WALKTHROUGH):
         assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    _, with_model, with_table = alone
+    _, one_prompt, with_model, with_table = alone
+    # Plain A*: the most probable completion first, which is thought through.
+    *_, best = one_prompt.splitlines()
+    assert best.startswith(
+        "<think>34*10=340 34*2=68 340+68=408</think><answer>408</answer><eos> -3.4"
+    )
+    assert "4 leaves" in one_prompt
     # pi of the three best of four: .5 * .7, .3 * .7, .2; a, b, end are 0, 1, 2
     assert with_table == "[0, 2] -1.05\n[1, 2] -1.56\n[2] -1.61\n"
     assert f"```\n{with_table}```" in WALKTHROUGH
