@@ -59,6 +59,8 @@ def draw(pyplot, runs, prompt, moments, texts, path):
             continue
         for difficulty, colour in COLOURS.items():
             y = [row["eval_accuracy_by_difficulty"].get(difficulty) for row in measured]
+            if None in y:  # no problem of this task is so easy, or so hard
+                continue
             axis.plot(x, y, color=colour, linewidth=1, label=difficulty)
         y = [row["eval_accuracy"] for row in measured]
         axis.plot(x, y, color="black", linewidth=2, label="all")
@@ -84,7 +86,7 @@ def draw(pyplot, runs, prompt, moments, texts, path):
         colour = "darkgreen" if right else "darkred"
         page.text(0, top - 0.07, lines, va="top", family="monospace", fontsize=8, color=colour)
         top -= 0.13 + 0.065 * (lines.count("\n") + 1)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     pyplot.close(figure)
 
 
