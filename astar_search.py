@@ -49,6 +49,7 @@ import heapq
 import html
 import math
 import operator
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -1047,14 +1048,27 @@ def complete(
     Printed, the tree is a list of its leaves; in a notebook it is drawn.
 
     K, max_new_tokens, max_nodes, tau: bounds and temperature, as in Options.
-    stop: texts that end a completion, beside the end tokens of the model and the tokenizer.
+    stop: a list of texts that end a completion, beside the end tokens of model and tokenizer.
     value_function: as in Expander.  seed: of the noise at tau > 0.
-    Raises ValueError if the model cannot serve the search, or if the prompt has no tokens.
+    What the tokenizer does not know of the prompt it may leave out, as always.
+    Raises ValueError if the model cannot serve the search of this prompt, if the prompt has no
+    tokens, and for a bound or a temperature that makes no sense.
     """
-    check_model(model)
+    if not isinstance(prompt, str) or isinstance(stop, str):
+        raise ValueError("the prompt is one text, and stop is a list of texts")
+    if min(K, max_new_tokens, max_nodes) < 1 or not 0 <= tau <= 1:
+        raise ValueError("K, max_new_tokens and max_nodes are 1 or more, and tau lies in [0, 1]")
+    prompts = [encode_prompt(tokenizer, prompt)]
+    longest = len(prompts[0]) + max_new_tokens
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and longest > context:
+        raise ValueError(
+            f"the prompt ({len(prompts[0])} tokens) plus max_new_tokens {max_new_tokens} does not "
+            f"fit into the model's context of {context} tokens"
+        )
+    check_model(model, longest)
     end = getattr(model.generation_config, "eos_token_id", None)  # one id, several or None
     ends = {tokenizer.eos_token_id, *(end if isinstance(end, (list, tuple)) else [end])}
-    prompts = [encode_prompt(tokenizer, prompt)]
     options = Options(
         eos=tuple(ends - {None}),
         stop=StopTexts(tokenizer, stop, prompts),
@@ -1556,24 +1570,35 @@ def rough_scores(log_probs, keys):
 # ------------------------------------------------------------------------------ How a tree is shown
 
 
+def headline(tree):
+    """What a search did, such as '4 leaves, 68 nodes opened; stopped: leaves'."""
+    leaves = f"{len(tree.leaves)} {'leaf' if len(tree.leaves) == 1 else 'leaves'}"
+    return f"{leaves}, {tree.pops} nodes opened; stopped: {tree.stopped or 'not yet'}"
+
+
 def list_leaves(tree):
-    """The leaves of a tree, one a line, in the order they were found: what repr(tree) prints."""
-    head = f"{len(tree.leaves)} leaves, {tree.pops} nodes opened, ended by {tree.stopped}"
-    lines = [head, "  weight   log pi        h        f  text"]
+    """The leaves of a tree, one a line, in the order they were found: what repr(tree) prints.
+
+    A new line in a text is shown as \\n.
+    """
+    lines = [headline(tree), "  weight   log pi        h        f  text"]
     for leaf in tree.leaves:
         cut = "  (cut off)" if leaf.truncated else ""
         numbers = f"{leaf.weight:8.3f} {leaf.g:8.2f} {leaf.h:8.2f} {leaf.f:8.2f}"
-        lines.append(f"{numbers}  {tree.text(leaf)}{cut}")
+        text = tree.text(leaf).replace("\n", "\\n")
+        lines.append(f"{numbers}  {text}{cut}")
     return "\n".join(lines)
 
 
 def draw_outline(tree, most=60):
     """The tree as an outline in HTML: tokens in a row until paths part.  For notebooks.
 
-    Leaves are bold.  Of the other nodes that the model was run on, the `most` best by f are drawn.
+    Leaves are bold.  The first `most` leaves are drawn, and of the other nodes that the model was
+    run on as many, the best by f.
     """
+    leaves = tree.leaves[:most]
     inner = [node for node in tree.nodes.values() if node.children is not None]
-    ends = tree.leaves + heapq.nlargest(most, inner, key=operator.attrgetter("f"))
+    ends = leaves + heapq.nlargest(most, inner, key=operator.attrgetter("f"))
     below = {tree.root: []}  # node -> its children that are drawn
     for end in ends:
         for node in end.path_nodes():
@@ -1584,24 +1609,25 @@ def draw_outline(tree, most=60):
     def draw(node):
         """The list item of the path from `node` to where it parts or ends, with what is below."""
         start = node
-        while len(below[node]) == 1 and node not in tree.leaves:
+        while len(below[node]) == 1 and node not in leaves:
             (node,) = below[node]
-        if start is tree.root:
-            text = tree.text(node) if node is not start else ""
-        else:
-            text = tree.text(node)[len(tree.text(start.parent)) :]
+        # What the text of the parent holds already is left out.  (All of it, unless it ends in half
+        # a letter.)
+        text = tree.text(node)
+        shown = "" if start is tree.root else tree.text(start.parent)
+        text = text[len(os.path.commonprefix([shown, text])) :].replace("\n", "\\n")
         text = html.escape(text) or "&#8729;"  # the root where paths part at once
         numbers = f"log pi {node.g:.2f}, h {node.h:.2f}"
-        if node in tree.leaves:
+        if node in leaves:
             text = f"<b>{text}</b>"
             numbers += f", weight {node.weight:.3f}"
         parts = sorted(below[node], key=operator.attrgetter("f"), reverse=True)
         deeper = "".join(draw(child) for child in parts)
         lists = f"<ul>{deeper}</ul>" if deeper else ""
-        return f"<li><code>{text}</code> <small style='color:gray'>{numbers}</small>{lists}</li>"
+        code = f"<code style='white-space:pre'>{text}</code>"
+        return f"<li>{code} <small style='color:gray'>{numbers}</small>{lists}</li>"
 
-    head = html.escape(list_leaves(tree).splitlines()[0])
-    return f"<p>{head}</p><ul>{draw(tree.root)}</ul>"
+    return f"<p>{html.escape(headline(tree))}</p><ul>{draw(tree.root)}</ul>"
 
 
 if __name__ == "__main__":

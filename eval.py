@@ -27,6 +27,7 @@ prompts and completions, evaluate(), result files, the paired comparison, worst 
 command line.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -853,6 +854,16 @@ def drop_output():
     os.close(nowhere)
 
 
+@contextlib.contextmanager
+def reader_may_leave():
+    """Inside, what is printed after its reader has gone (| head) is lost, and that is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+
+
 def make_output_printable():
     """Print characters that the terminal's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
@@ -882,8 +893,11 @@ def check_arguments(arguments):
     for name in ("compare", "complete"):
         if getattr(arguments, name) is not None and arguments.json:
             raise ValueError(f"--{name} only prints: leave --json out")
-    if arguments.complete is not None and (arguments.eval_file or arguments.n):
-        raise ValueError("--complete asks one thing: leave --eval-file and --n out")
+    if arguments.complete is not None:
+        others = (arguments.eval_file, arguments.n, arguments.compare, arguments.reward)
+        if any(others):
+            flags = "--eval-file, --n, --compare and --reward"
+            raise ValueError(f"--complete asks one thing: leave {flags} out")
     for name in ("n", "completions", "max_new_tokens", "width", "max_nodes", "batch"):
         number = getattr(arguments, name)
         if number is not None and number < 1:
@@ -935,7 +949,7 @@ def load_model(arguments, problems, ranks):
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
     guide = load_value_function(arguments.model, model)
-    if arguments.decode == "astar" and guide is None:
+    if arguments.decode == "astar" and guide is None and ranks.is_main:
         warning = "no value head beside this model, so the search is guided by log pi alone"
         print(f"eval.py: {warning}", file=sys.stderr)
     return model, tokenizer, guide
@@ -956,10 +970,10 @@ def print_results(result, rows, arguments):
     assert abs(result["accuracy"] - correct / drawn) < 1e-9
 
 
-def print_completions(model, tokenizer, problem, guide, arguments):
-    """--complete: what the model writes behind a text, with log pi; of a search also its numbers.
+def complete_text(model, tokenizer, problem, guide, arguments):
+    """--complete: what the model writes behind a text, with log pi, as a text of several lines.
 
-    Raises ValueError if nothing was finished within the bounds.
+    Of a search also weight, h and f.  Raises ValueError if nothing was finished within the bounds.
     """
     (prompt,) = encode_prompts(tokenizer, [problem])
     (tree,), spent = decode_prompts(
@@ -979,14 +993,15 @@ def print_completions(model, tokenizer, problem, guide, arguments):
     tree.tokenizer, tree.prompt = tokenizer, prompt
     if not tree.leaves:
         raise ValueError("the search finished no completion: raise --max-nodes")
-    print(f"{arguments.model}, {arguments.decode}, {sum(spent)} model tokens")
+    head = f"{arguments.model}, {arguments.decode}, {sum(spent)} model tokens"
     if arguments.decode == "astar":
-        print(tree)
-        return
-    print("  drawn   log pi  text")
+        return f"{head}\n{tree}"
+    lines = [head, "  drawn   log pi  text"]
     for leaf in sorted(tree.leaves, key=operator.attrgetter("count"), reverse=True):
         cut = "  (cut off)" if leaf.truncated else ""
-        print(f"{leaf.count:7d} {leaf.g:8.2f}  {tree.text(leaf)}{cut}")
+        text = tree.text(leaf).replace("\n", "\\n")
+        lines.append(f"{leaf.count:7d} {leaf.g:8.2f}  {text}{cut}")
+    return "\n".join(lines)
 
 
 def run(argv):
@@ -999,7 +1014,9 @@ def run(argv):
     try:
         check_arguments(arguments)
         if arguments.compare:
-            print(compare_files(*arguments.compare))
+            text = compare_files(*arguments.compare)
+            with reader_may_leave():
+                print(text)
             return
         reward = reward_module.load_reward(arguments.reward)
         problems = load_problems(arguments)
@@ -1009,8 +1026,11 @@ def run(argv):
         fsdp.on_main(check_files, ranks)
         model, tokenizer, guide = load_model(arguments, problems, ranks)
         if arguments.complete is not None:
-            if ranks.is_main:
-                print_completions(model, tokenizer, problems[0], guide, arguments)
+            ask = functools.partial(complete_text, model, tokenizer, problems[0], guide, arguments)
+            text = fsdp.on_main(ask, ranks)
+            with reader_may_leave():
+                if ranks.is_main:
+                    print(text)
             return fsdp.shutdown(ranks)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.filename:
@@ -1039,7 +1059,8 @@ def run(argv):
         # Saved first: whatever goes wrong with the printing, hours of decoding are not lost.
         saved = {**result, "flags": vars(arguments)}
         status = save_results(arguments.json, saved, rows)
-        print_results(result, rows, arguments)
+        with reader_may_leave():
+            print_results(result, rows, arguments)
     fsdp.shutdown(ranks, status)
 
 

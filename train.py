@@ -308,6 +308,12 @@ GROUPS = {  # the first field of each group of flags -> its title in --help
     "seed": "the run",
 }
 
+# How one process was run: not taken from a checkpoint by --eval-only or --resume FOLDER, nor from
+# the file of --config.
+OF_ONE_PROCESS = """
+    distributed replicas cpu_offload wandb tensorboard resume overwrite
+""".split()
+
 
 def shown(value):
     """The value of a flag as a user would write it; of one that is given several times all."""
@@ -334,8 +340,8 @@ def help_text(field):
 def preset_or_file(name):
     """The argument of --config -> (flags of a preset, flags of a JSON file): {field: value} each.
 
-    One of them is empty.  A file may be a run's config.json; its resume and overwrite are not
-    taken.  argparse makes a message of the error.
+    One of them is empty.  A file may be a run's config.json; how that process was run
+    (OF_ONE_PROCESS) is not taken from it.  argparse makes a message of the error.
     """
     if name in PRESETS:
         return PRESETS[name], {}
@@ -344,9 +350,9 @@ def preset_or_file(name):
             f"{name} is neither a preset ({', '.join(PRESETS)}) nor a JSON file"
         )
     try:
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8-sig") as file:  # some editors write a byte order mark
             flags = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or f"this is no JSON ({error})"
         raise argparse.ArgumentTypeError(f"{name} cannot be read: {reason}") from None
     if not isinstance(flags, dict):
@@ -363,9 +369,7 @@ def preset_or_file(name):
             kind = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
             must_be = kind.get(wanted, "a list of texts")
             raise argparse.ArgumentTypeError(f"{name}: {key} must be {must_be}, not {value!r}")
-    flags.pop("resume", None)
-    flags.pop("overwrite", None)
-    return {}, flags
+    return {}, {key: value for key, value in flags.items() if key not in OF_ONE_PROCESS}
 
 
 def make_parser():
@@ -2068,11 +2072,6 @@ def open_output(config, source, iteration, found):
 
 # ------------------------------------------------------------------------------------- Command line
 
-# What --eval-only does not take from the checkpoint's configuration: how that process was run.
-OF_ONE_PROCESS = """
-    distributed replicas cpu_offload wandb tensorboard resume overwrite
-""".split()
-
 
 def companion_flags(given, preset):
     """The flags that the given ones bring along: {field: value}.
@@ -2139,6 +2138,8 @@ def parse_arguments(argv=None):
     try:
         if arguments.eval_only != bool(arguments.checkpoint):
             raise ValueError("--eval-only and --checkpoint FOLDER go together")
+        if arguments.eval_only and arguments.config:
+            raise ValueError("--eval-only takes the flags of the checkpoint: leave --config out")
         if arguments.eval_only:
             arguments.checkpoint = fsdp.newest_checkpoint(arguments.checkpoint)
             preset = flags_of_checkpoint(arguments.checkpoint)

@@ -5,7 +5,7 @@
     python examples/plot.py experiments/results/main_job/ppo_seed?.jsonl
 
 A run is named by its folder or by its metrics.jsonl.  The picture goes into the folder of the first
-run, or as curves.png to where you are if that is a file.
+run.  If that is named by its file, it is ./curves.png.
 """
 
 import argparse

@@ -58,10 +58,14 @@ def draw(pyplot, runs, prompt, moments, texts, path):
             axis.plot(x, y, color="black", linewidth=0.7, alpha=0.6)
             continue
         for difficulty, colour in COLOURS.items():
-            y = [row["eval_accuracy_by_difficulty"].get(difficulty) for row in measured]
-            if None in y:  # no problem of this task is so easy, or so hard
-                continue
-            axis.plot(x, y, color=colour, linewidth=1, label=difficulty)
+            have = [row for row in measured if difficulty in row["eval_accuracy_by_difficulty"]]
+            axis.plot(
+                [row["iteration"] for row in have],
+                [row["eval_accuracy_by_difficulty"][difficulty] for row in have],
+                color=colour,
+                linewidth=1,
+                label=difficulty if have else None,
+            )
         y = [row["eval_accuracy"] for row in measured]
         axis.plot(x, y, color="black", linewidth=2, label="all")
         at = dict(zip(x, y))

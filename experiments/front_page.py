@@ -7,7 +7,7 @@ Tokens to 80 % come from runs of several budgets, five seeds each (suite `budget
 A run is annealed to its end and evaluated there.  So a method has one accuracy a budget, the mean
 over its seeds.  These are made to rise (isotonic regression: neighbours that fall are averaged) and
 read off between two budgets by a line.  The interval is a 95 % bootstrap over seeds and over the
-problems of every evaluation.
+problems of every evaluation.  It is rather wide: the seeds already differ by their problems' noise.
 """
 
 import argparse
@@ -24,9 +24,10 @@ SAMPLING = "sampling 4, em"
 
 
 def budget_ends(suite, method, only=""):
-    """[(tokens of each seed, accuracy of each seed), ...] at the ends of a method's budgets.
+    """[(tokens, accuracies, CPU seconds of all seeds), ...] at the ends of a method's budgets.
 
-    suite: name in results/; only: what the setting must hold besides.
+    suite: name in results/; only: what the setting must hold besides.  The smallest budget comes
+    first.  Raises ValueError if there is no such run.
     """
     ends = {}
     for row in compare.rows(compare.RESULTS / f"{suite}.jsonl"):
@@ -36,6 +37,8 @@ def budget_ends(suite, method, only=""):
             tokens.append(last["model_tokens"])
             accuracies.append(last["eval_accuracy"])
             seconds.append(row["cpu_seconds"])
+    if not ends:
+        raise ValueError(f"results/{suite}.jsonl has no run of {method}: python compare.py {suite}")
     return sorted(ends.values(), key=lambda end: statistics.mean(end[0]))
 
 
@@ -87,6 +90,9 @@ def to_target(draws=2000):
     generator = numpy.random.default_rng(0)
     ends = {method: budget_ends("budgets", method) for method in (SEARCH, SAMPLING)}
     found = {method: tokens_to(*means(end), TARGET) for method, end in ends.items()}
+    for method, tokens in found.items():
+        if tokens is None:
+            raise ValueError(f"{method} has {TARGET:.0%} at no budget")
     sets = {method: [] for method in ends}
     for _ in range(draws):
         for method, end in ends.items():

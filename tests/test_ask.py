@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, rows
 
 import astar_search
@@ -120,13 +121,65 @@ def test_a_tree_prints_its_leaves(base):
     model, tokenizer = base
     tree = astar_search.complete(model, tokenizer, PROMPT, K=2)
     head, columns, *lines = repr(tree).splitlines()
-    assert head == f"2 leaves, {tree.pops} nodes opened, ended by leaves"
+    assert head == f"2 leaves, {tree.pops} nodes opened; stopped: leaves"
     assert columns.split() == ["weight", "log", "pi", "h", "f", "text"]
     for line, leaf in zip(lines, tree.leaves, strict=True):
         *numbers, text = line.split(maxsplit=4)
         shown = [float(number) for number in numbers]
         assert shown == pytest.approx([leaf.weight, leaf.g, leaf.h, leaf.f], abs=0.0051)
         assert text == tree.text(leaf)
+
+
+class Syllables:
+    """A tokenizer: 0 and 1, or 0 and 2, are halves of a letter, 3 is a new line, 4 a full stop."""
+
+    def decode(self, ids, **_):
+        letters = {(0, 1): "\xe9", (0, 2): "\xe8"}
+        text = ""
+        i = 0
+        while i < len(ids):
+            pair = tuple(ids[i : i + 2])
+            text += letters.get(pair) or {0: HALF, 3: "\n"}.get(ids[i], ".")
+            i += 2 if pair in letters else 1
+        return text
+
+
+HALF = "\N{REPLACEMENT CHARACTER}"  # what decoders make of half a letter
+
+
+def test_characters_of_two_tokens_and_new_lines_are_shown():
+    """Paths part within a letter, and one holds a new line: a line a leaf, no letter lost."""
+
+    def expand(nodes):
+        pi = torch.full((len(nodes), 5), 1e-9)
+        for row, node in enumerate(nodes):
+            likely = {(): (0, 3), (0,): (1, 2)}.get(tuple(node.tokens()), (4,))
+            pi[row, list(likely)] = 1 / len(likely)
+        return pi.log(), torch.zeros(len(nodes), 1)
+
+    options = astar_search.Options(eos=(4,), K=3, tau=0.0, max_new_tokens=5)
+    (tree,) = astar_search.search(astar_search.root_keys(0, 0, [0]), expand, options)
+    tree.tokenizer = Syllables()
+    lines = repr(tree).splitlines()[2:]
+    assert sorted(line.split()[-1] for line in lines) == sorted(["\\n.", "\xe9.", "\xe8."])
+    outline = Outline()
+    outline.feed(tree._repr_html_())
+    assert sorted(outline.bold) == sorted(["\\n.", f"{HALF}\xe9.", f"{HALF}\xe8."])
+
+
+def test_many_leaves_and_long_ones_are_drawn():
+    """A leaf may end at every depth.  It was a RecursionError."""
+
+    def expand(nodes):
+        pi = torch.tensor([[0.95, 0.05]] * len(nodes))
+        return pi.log(), torch.zeros(len(nodes), 1)
+
+    options = astar_search.Options(eos=(1,), K=1200, tau=0.0, max_new_tokens=1300)
+    (tree,) = astar_search.search(astar_search.root_keys(0, 0, [0]), expand, options)
+    assert len(tree.leaves) == 1200 and len(repr(tree).splitlines()) == 1202
+    outline = Outline()
+    outline.feed(tree._repr_html_())
+    assert outline.bold
 
 
 def test_a_tree_of_a_table_prints_tokens():
@@ -143,6 +196,44 @@ def test_a_tree_of_a_table_prints_tokens():
     outline = Outline()
     outline.feed(tree._repr_html_())
     assert outline.bold == ["0 0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"stop": "</answer>"}, "stop is a list of texts"),
+        ({"prompt": [PROMPT]}, "the prompt is one text"),
+        ({"K": 0}, "are 1 or more"),
+        ({"max_nodes": 0}, "are 1 or more"),
+        ({"tau": 2.0}, "tau lies in"),
+        ({"prompt": PROMPT * 60}, r"\(360 tokens\) plus max_new_tokens 64 does not fit"),
+        ({"prompt": ""}, "no tokens"),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused(base, arguments, sentence):
+    """They were answered: each character of a stop text stopped, say."""
+    with pytest.raises(ValueError, match=sentence):
+        astar_search.complete(*base, **{"prompt": PROMPT, **arguments})
+
+
+def test_a_window_that_the_prompt_goes_past_is_refused():
+    """Guards against a check of the first 256 positions only: log pi was wrong beyond."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=24,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        sliding_window=300,
+        max_position_embeddings=1024,
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    tokenizer = policy.load_tokenizer(str(ROOT / "tiny_base"))
+    astar_search.complete(model, tokenizer, PROMPT * 40, K=1, max_new_tokens=4)
+    with pytest.raises(ValueError, match="beyond 300 tokens"):
+        astar_search.complete(model, tokenizer, PROMPT * 80, K=1, max_new_tokens=8)
 
 
 # ------------------------------------------------------------------------------- eval.py --complete
@@ -194,8 +285,10 @@ def test_the_prefill_is_completed(capsys):
     ("flags", "sentence"),
     [
         (["--json", "x.json"], "--complete only prints: leave --json out"),
-        (["--n", "3"], "--complete asks one thing: leave --eval-file and --n out"),
-        (["--eval-file", "x"], "--complete asks one thing: leave --eval-file and --n out"),
+        (["--n", "3"], "--complete asks one thing: leave --eval-file, --n, --compare and --reward"),
+        (["--eval-file", "x"], "--complete asks one thing: leave --eval-file"),
+        (["--compare", "x", "y"], "--complete asks one thing: leave --eval-file"),
+        (["--reward", "x.py:f"], "--complete asks one thing: leave --eval-file"),
         (["--decode", "astar", "--max-nodes", "2"], "finished no completion: raise --max-nodes"),
     ],
 )
@@ -343,6 +436,7 @@ def test_a_loss_in_a_file_brings_its_leaves_along(tmp_path):
         ({"tau": 7}, "--tau must be"),
         ([1], "must hold one JSON object of flags"),
         ("{", "this is no JSON"),
+        ("[" * 100_000, "this is no JSON"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused(flags, sentence, tmp_path, capsys):
@@ -372,7 +466,7 @@ def shell(command, folder):
 
 @pytest.mark.parametrize("both", [False, True])
 def test_a_run_whose_reader_has_gone_stops_and_is_kept(tmp_path, both):
-    """python train.py | head: no traceback, status 0, and --resume goes on.  It was a failure."""
+    """python train.py | head: no traceback, status 0, and a checkpoint.  It was a failure."""
     python = f"{sys.executable} train.py"
     flags = "--problems-per-iteration 4 --eval-problems 6 --device cpu --iterations 400"
     # The ninth line is that of an iteration, so there is something to keep.
@@ -388,6 +482,36 @@ def test_a_run_whose_reader_has_gone_stops_and_is_kept(tmp_path, both):
     assert int(re.search(r"\d+$", kept.name)[0]) < 400
 
 
-def test_an_evaluation_whose_reader_has_gone_is_no_failure():
-    result = shell(f"{sys.executable} eval.py --n 4 --device cpu | true", None)
+@pytest.mark.parametrize("flags", ["--n 4 --device cpu", f"--complete '{PROMPT}' --device cpu"])
+def test_an_evaluation_whose_reader_has_gone_is_no_failure(flags):
+    result = shell(f"{sys.executable} eval.py {flags} | true", None)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_files_that_cannot_be_written_are_told_though_the_reader_has_gone(tmp_path):
+    """The exit status is still 2.  It was 0."""
+    code = (
+        "import fsdp, sys, eval\n"
+        "def fails(path, text):\n    raise OSError(28, 'No space left on device')\n"
+        "fsdp.write_file = fails\n"
+        f"eval.main(['--n', '4', '--device', 'cpu', '--json', '{tmp_path}/x.json'])\n"
+    )
+    (tmp_path / "full_disk.py").write_text(code)
+    result = shell(f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/full_disk.py | true", None)
+    assert result.returncode == 2 and "No space left on device" in result.stderr
+
+
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
+
+
+def test_two_ranks_whose_reader_has_gone_end_together():
+    """It was a traceback of the second rank, which waited for the first."""
+    result = shell(f"{TORCHRUN} eval.py --problems 4 --device cpu | true", None)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+
+
+def test_a_question_that_fails_ends_every_rank():
+    flags = f"--complete '{PROMPT}' --decode astar --max-nodes 2 --device cpu"
+    result = shell(f"{TORCHRUN} eval.py {flags}", None)
+    assert result.returncode != 0
+    assert result.stderr.count("the search finished no completion") == 1

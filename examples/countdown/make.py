@@ -10,7 +10,7 @@ be reached is a problem.
 
 FOLDER is that of this file, unless another is named.  The prompts in words end like TinyZero's,
 with an opened <think> (a prefill).  The tiny base does not learn this task: it never writes an
-operator in an answer, so there is nothing to reinforce (60 iterations of --config ppo, seed 0).
+operator in an answer, so no right one is ever found (60 iterations of --config ppo, seed 0).
 """
 
 import itertools
@@ -53,6 +53,9 @@ def main():
     in_words = "--words" in arguments
     folders = [argument for argument in arguments if argument != "--words"]
     folder = pathlib.Path(folders[0]) if folders else pathlib.Path(__file__).parent
+
+    if not folder.is_dir():
+        sys.exit(f"make.py: there is no folder {folder}")
 
     rows = {"train": [], "eval": []}
     for numbers in itertools.combinations_with_replacement(range(1, 10), 3):

@@ -28,6 +28,9 @@ def main():
     else:
         folder = pathlib.Path(__file__).parent
 
+    if not folder.is_dir():
+        sys.exit(f"make.py: there is no folder {folder}")
+
     rows = {"train": [], "eval": []}
     for digits in itertools.product("0123456789", repeat=3):
         answer = "".join(sorted(digits))
