@@ -249,7 +249,7 @@ PPO = GUMBEL_LEAVES | {
 PRESETS = {
     # The defaults: plain A*, guided by the head, until a leaf is right, under em.
     "local": {},
-    "quick": {"output_dir": "runs/quick", "iterations": 24, "eval_every": 6},
+    "quick": {"output_dir": "runs/quick", "iterations": 40, "eval_every": 10},
     # Products of 2 and 3 digits: completions are up to twice as long as those of 2 digits, and more
     # steps can go wrong.  So a search may expand more nodes.
     "task": {

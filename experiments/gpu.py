@@ -878,7 +878,7 @@ class Program:
 def programs(report):
     """The commands of train.py as a user gives them: they end, and a resume goes on.
 
-    quick      the main job, 24 iterations.  Predicted: 80 % of the held-out problems.
+    quick      the main job, 40 iterations.  Predicted: 80 % of the held-out problems.
     bf16       FSDP in one process, with mixed precision and gradient checkpointing
     offload    the same with --cpu-offload, which a CPU refuses
     ranks      torchrun and --distributed, with NCCL; on a CPU with gloo

@@ -1,7 +1,7 @@
 r"""rounds.py -- what --width buys: rounds (forwards) of a search, its model tokens and seconds.
 
     python experiments/rounds.py after                           # the tiny base: three minutes
-    python experiments/rounds.py after --model runs/quick/checkpoint_iter_24
+    python experiments/rounds.py after --model runs/quick/checkpoint_iter_40
     python experiments/rounds.py after --model examples/qwen2.5-3b --config-only   # random weights
     python experiments/rounds.py after --model runs/smollm2 --train-file runs/smollm2/train.jsonl \
         --reward experiments/real_model_reward.py:reward --stop '\n' --max-new-tokens 8

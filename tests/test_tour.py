@@ -54,7 +54,7 @@ def test_the_notebook_trains_a_policy_that_thinks(seen):
     right = "<think>34*10=340 34*2=68 340+68=408</think><answer>408</answer><eos>"
     assert figures["leaves"][0] == right, "plain A* does not find the careful completion first"
     metrics = rows(folder / "metrics.jsonl")
-    assert metrics[0]["eval_accuracy"] < 0.1 and metrics[-1]["iteration"] == 24
+    assert metrics[0]["eval_accuracy"] < 0.1 and metrics[-1]["iteration"] == 40
     assert metrics[-1]["eval_accuracy"] > 0.75
     assert right in printed.splitlines()[-1], "the trained policy does not think by itself"
 
