@@ -11,6 +11,7 @@ problems of every evaluation.  It is rather wide: the seeds already differ by th
 """
 
 import argparse
+import math
 import statistics
 
 import compare
@@ -118,6 +119,13 @@ def thousands(tokens):
     return f"{tokens / 1000:,.0f} k"
 
 
+def interval(low, high, decimals, unit=""):
+    """86-127 k; 209 k or more, if more than a fortieth of the draws never has 80 %."""
+    if math.isinf(high):
+        return f"{low:.{decimals}f}{unit} or more"
+    return f"{low:.{decimals}f}-{high:.{decimals}f}{unit}"
+
+
 def budget_row(name, method, reached):
     """A line of the table for a method of the suite `budgets`."""
     ends = budget_ends("budgets", method)
@@ -126,7 +134,7 @@ def budget_row(name, method, reached):
     for own_tokens, own_accuracies, own_seconds in ends:
         price = f"{thousands(statistics.mean(own_tokens))}, {statistics.mean(own_seconds):.0f} s"
         cells.append(f"{accuracy(statistics.mean(own_accuracies))} ({price})")
-    to_80 = f"{thousands(tokens)} ({low / 1000:.0f}-{high / 1000:.0f} k)"
+    to_80 = f"{thousands(tokens)} ({interval(low / 1000, high / 1000, 0, ' k')})"
     return f"| {name} | {len(ends[0][0])} | {to_80} | {', '.join(cells)} |"
 
 
@@ -141,16 +149,17 @@ def base_row(name, method):
 
 
 def run_row(name, files):
-    """A line for the runs of a preset, by their metrics in results/main_job/."""
+    """A line for the runs of a preset, by their metrics in results/main_job/.
+
+    Without seconds: what else the machine did then was not alike.
+    """
     last = []
     for file in files:
         rows = compare.rows(MAIN_JOB / file)
         last.append([row for row in rows if "eval_accuracy" in row][-1])
     ends = " ".join(accuracy(row["eval_accuracy"]) for row in last)
     tokens = thousands(statistics.mean(row["model_tokens"] for row in last))
-    seconds = statistics.mean(row["seconds"] for row in last)
-    price = f"{seconds / 60:.0f} min" if seconds > 600 else f"{seconds:.0f} s"
-    return f"| {name} | {len(files)} | - | {ends} ({tokens}, {price}) |"
+    return f"| {name} | {len(files)} | - | {ends} ({tokens}) |"
 
 
 def trl_row():
@@ -231,7 +240,7 @@ def main():
     args = parser.parse_args()
     print("\n".join(table()))
     factor, low, high = to_target()["factor"]
-    print(f"\nsampling needs {factor:.1f} times the tokens ({low:.1f}-{high:.1f})")
+    print(f"\nsampling needs {factor:.1f} times the tokens ({interval(low, high, 1)})")
     if args.png:
         draw(args.png)
 

@@ -61,4 +61,6 @@ def test_the_table_of_the_front_page_is_what_the_metrics_say():
     for line in front_page.table():
         assert line in readme
     factor, low, high = front_page.to_target()["factor"]
-    assert f"{factor:.1f} times the tokens ({low:.1f}-{high:.1f})" in readme.replace("\n", " ")
+    assert f"{factor:.1f} times the tokens ({front_page.interval(low, high, 1)})" in readme.replace(
+        "\n", " "
+    )
