@@ -131,8 +131,9 @@ def test_before_the_first_update_the_ratio_is_one(finished):
 
 def test_the_same_seed_gives_the_same_run(finished, killed, other_seed):
     assert timeless(killed) == timeless(finished)[:4]
-    other = rows(other_seed / "metrics.jsonl")
-    assert other[1]["reward_mean"] != rows(finished / "metrics.jsonl")[1]["reward_mean"]
+    # Another seed draws other problems.  (Its mean reward may be the same: few rollouts are right.)
+    other = rows(other_seed / "metrics.jsonl")[1]
+    assert other["entropy"] != rows(finished / "metrics.jsonl")[1]["entropy"]
 
 
 def test_resume_is_exact(finished, killed, tmp_path, capsys):
