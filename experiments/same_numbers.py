@@ -24,7 +24,7 @@ APO = "--loss apo --rollouts-per-problem 64 --tau 0 --until-right on --max-nodes
 SAMPLE = "--rollout sample --rollouts-per-problem 4"
 SETTINGS = {
     "local": "",
-    "quick": "--config quick",
+    "quick": "--config quick --iterations 24 --eval-every 6",
     "ppo": "--config ppo",
     "sample": SAMPLE,
     "grpo": GRPO,
