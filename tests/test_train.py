@@ -652,6 +652,7 @@ def refused(capsys, folder, *flags):
         ("--eval-only", "--checkpoint"),
         ("--checkpoint runs", "--eval-only"),
         ("--eval-only --checkpoint /nowhere", "/nowhere"),
+        ("--eval-only --checkpoint runs --config quick", "leave --config out"),
         ("--resume auto --overwrite", "--overwrite"),
         ("--resume /nowhere", "/nowhere"),
         ("--train-file /nowhere.jsonl --eval-file /nowhere.jsonl", "/nowhere.jsonl"),
