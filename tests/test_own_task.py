@@ -138,6 +138,7 @@ def test_every_countdown_can_be_solved(flags, prefill, tmp_path):
         ("<answer>2+3*5+0</answer>", 0),  # 0 is no number of the task
         ("<answer>2+3*5+1-1</answer>", 0.5 * 3 / 5),
         ("<answer>3+3+3</answer>", 0.5 / 3),
+        ("<answer>2*2*3+5</answer>", 0.5 * 3 / 4),  # 17, but with 2 twice
         ("<answer>2+3*5=17</answer>", 0),
         ("<answer>__import__('os')</answer>", 0),
         ("2+3*5", 0),
