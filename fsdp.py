@@ -573,6 +573,8 @@ def read_trainer_state(folder, check_files=True):
     check_files: without it the files, which may be many gigabytes, are not read.
     Raises ValueError that names the first file which is missing or damaged.
     """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: there is no such folder")
     name = "trainer_state.json"  # the file that an error is about; the loop below changes it
     try:
         with open(os.path.join(folder, name)) as file:
