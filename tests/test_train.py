@@ -174,7 +174,7 @@ def test_a_run_goes_on_without_its_flags_typed_again(finished, killed, tmp_path,
     assert "trainer_state.json" in refused(capsys, tmp_path / "new", "--resume", tmp_path)
 
 
-def test_a_runs_folder_stands_for_its_newest_checkpoint(finished, tmp_path, capsys):
+def test_a_runs_folder_stands_for_its_newest_checkpoint(finished, tmp_path, capsys, monkeypatch):
     """For the model of another run, for an evaluation, and for --eval-only."""
     newest = f"{finished}/checkpoint_iter_4"
     assert train.Config(model=str(finished)).model == newest
@@ -186,6 +186,8 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(finished, tmp_path, caps
     (tmp_path / "model.pt").write_bytes(b"")
     error = refused(capsys, tmp_path / "run", "--model", tmp_path / "model.pt")
     assert "this is a file; expected is a model's folder" in error
+    # The hub is not asked: offline, the library tries for 20 seconds.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     error = refused(capsys, tmp_path / "run", "--model", "runs/nothing-here")
     assert "there is no such folder, and its config cannot be had" in error
 
