@@ -1365,12 +1365,11 @@ def print_end(run):
     seconds = run.clock.seconds()
     run.clock.enter("other")
     phases = [f"{name} {t:.0f} s" for name, t in run.clock.phases.items() if name != "other"]
-    run.say(
-        f"{run.model_tokens:,} model tokens in {seconds:.0f} s ({', '.join(phases)}); "
-        f"peak memory of a rank {peak:.2f} GiB"
-    )
-    metrics, samples = run.path("metrics.jsonl"), run.path("samples.jsonl")
-    run.say(f"metrics: {metrics}   rollouts: {samples}   model: {run.saved}")
+    run.say(f"{run.model_tokens:,} model tokens in {seconds:.0f} s ({', '.join(phases)})")
+    run.say(f"peak memory of a rank {peak:.2f} GiB")
+    run.say(f"metrics:  {run.path('metrics.jsonl')}")
+    run.say(f"rollouts: {run.path('samples.jsonl')}")
+    run.say(f"model:    {run.saved}")
 
 
 # --------------------------------------------------------------------------------- Saving, stopping
