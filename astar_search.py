@@ -770,8 +770,7 @@ class Expander:
     """
 
     def __init__(self, model, prompts, max_new_tokens, value_function=None):
-        if model.training:  # dropout would make log pi random
-            raise ValueError("the model is in training mode: call model.eval() first")
+        check_eval_mode(model)
         self.backbone = model.base_model
         self.lm_head = model.get_output_embeddings()
         self.device = model.device
@@ -1319,6 +1318,12 @@ class StopTexts:
 # out for which log pi would silently be wrong.
 
 
+def check_eval_mode(model):
+    """Raise ValueError if the model is in training mode: dropout would make log pi random."""
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
+
+
 def check_model(model, longest=None, training=False):
     """Raise ValueError, naming the model type, unless the search reproduces the model's own log pi.
 
@@ -1330,8 +1335,7 @@ def check_model(model, longest=None, training=False):
     another kind, recurrent layers, a scaled or capped output layer, attention that changes with
     length, and randomness in training mode.
     """
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first")
+    check_eval_mode(model)
     refuse = f"the model type {model.config.model_type} cannot serve the search"
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{refuse}: it is an encoder-decoder, not a causal language model")
@@ -1576,17 +1580,22 @@ def headline(tree):
     return f"{leaves}, {tree.pops} nodes opened; stopped: {tree.stopped or 'not yet'}"
 
 
-def list_leaves(tree):
-    """The leaves of a tree, one a line, in the order they were found: what repr(tree) prints.
+def on_one_line(text):
+    """The text with its new lines shown as \\n."""
+    return text.replace("\n", "\\n")
 
-    A new line in a text is shown as \\n.
-    """
+
+def leaf_line(tree, leaf):
+    """The text of a leaf on one line, and whether the limit has cut it."""
+    return on_one_line(tree.text(leaf)) + ("  (cut off)" if leaf.truncated else "")
+
+
+def list_leaves(tree):
+    """The leaves of a tree, one a line, in the order they were found: what repr(tree) prints."""
     lines = [headline(tree), "  weight   log pi        h        f  text"]
     for leaf in tree.leaves:
-        cut = "  (cut off)" if leaf.truncated else ""
         numbers = f"{leaf.weight:8.3f} {leaf.g:8.2f} {leaf.h:8.2f} {leaf.f:8.2f}"
-        text = tree.text(leaf).replace("\n", "\\n")
-        lines.append(f"{numbers}  {text}{cut}")
+        lines.append(f"{numbers}  {leaf_line(tree, leaf)}")
     return "\n".join(lines)
 
 
@@ -1615,7 +1624,7 @@ def draw_outline(tree, most=60):
         # a letter.)
         text = tree.text(node)
         shown = "" if start is tree.root else tree.text(start.parent)
-        text = text[len(os.path.commonprefix([shown, text])) :].replace("\n", "\\n")
+        text = on_one_line(text[len(os.path.commonprefix([shown, text])) :])
         text = html.escape(text) or "&#8729;"  # the root where paths part at once
         numbers = f"log pi {node.g:.2f}, h {node.h:.2f}"
         if node in leaves:

@@ -320,6 +320,23 @@ def statistics(problems):
 # PyTorch.
 
 
+def nearest_flag(flag, names):
+    """Of some flags the one of which this is the initials (--lr), or which is spelled most like it.
+
+    None if none is like it.
+    """
+    given = flag.strip("-")
+    words = [name.strip("-") for name in names if name.startswith("--")]
+    for word in words:
+        if given == "".join(part[0] for part in word.split("-")):
+            return f"--{word}"
+    # Those with the given word in them come first, however long they are.
+    with_word = [word for word in words if given in word.split("-")]
+    close = difflib.get_close_matches(given, with_word, n=1, cutoff=0.0)
+    close += difflib.get_close_matches(given, words, n=1)
+    return f"--{close[0]}" if close else None
+
+
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose error is one sentence on stderr and exit status 2."""
 
@@ -328,24 +345,10 @@ class OneLineParser(argparse.ArgumentParser):
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            nearest = self.nearest_flag(flag)
+            nearest = nearest_flag(flag, self._option_string_actions)
             hint = f"did you mean {nearest}?" if nearest else "--help lists all flags"
             self.error(f"there is no flag {flag}; {hint}")
         return arguments
-
-    def nearest_flag(self, flag):
-        """The flag of which this one is the initials (--lr), or which is spelled most like it."""
-        names = [name for name in self._option_string_actions if name.startswith("--")]
-        for name in names:
-            initials = "".join(word[0] for word in name.strip("-").split("-"))
-            if flag.strip("-") == initials:
-                return name
-        # Those with the given word in them come first, however long they are.
-        words = [name.strip("-") for name in names]
-        with_word = [word for word in words if flag.strip("-") in word.split("-")]
-        close = difflib.get_close_matches(flag.strip("-"), with_word, n=1, cutoff=0.0)
-        close += difflib.get_close_matches(flag.strip("-"), words, n=1)
-        return f"--{close[0]}" if close else None
 
     def error(self, message):
         """Print the sentence and exit.  Of the ranks of a node only the first one prints it.

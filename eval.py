@@ -970,6 +970,20 @@ def print_results(result, rows, arguments):
     assert abs(result["accuracy"] - correct / drawn) < 1e-9
 
 
+def decoding_of(arguments, guide):
+    """The keyword arguments of decode_prompts, which evaluate has too, from the flags."""
+    return {
+        "decode": arguments.decode,
+        "n": arguments.completions,
+        "max_new_tokens": arguments.max_new_tokens,
+        "stop": arguments.stop,
+        "value_function": guide,
+        "tau": arguments.tau,
+        "width": arguments.width,
+        "max_nodes": arguments.max_nodes,
+    }
+
+
 def complete_text(model, tokenizer, problem, guide, arguments):
     """--complete: what the model writes behind a text, with log pi, as a text of several lines.
 
@@ -981,14 +995,7 @@ def complete_text(model, tokenizer, problem, guide, arguments):
         tokenizer,
         [prompt],
         astar_search.root_keys(arguments.seed, -1, [0]),
-        decode=arguments.decode,
-        n=arguments.completions,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=arguments.stop,
-        value_function=guide,
-        tau=arguments.tau,
-        width=arguments.width,
-        max_nodes=arguments.max_nodes,
+        **decoding_of(arguments, guide),
     )
     tree.tokenizer, tree.prompt = tokenizer, prompt
     if not tree.leaves:
@@ -998,9 +1005,7 @@ def complete_text(model, tokenizer, problem, guide, arguments):
         return f"{head}\n{tree}"
     lines = [head, "  drawn   log pi  text"]
     for leaf in sorted(tree.leaves, key=operator.attrgetter("count"), reverse=True):
-        cut = "  (cut off)" if leaf.truncated else ""
-        text = tree.text(leaf).replace("\n", "\\n")
-        lines.append(f"{leaf.count:7d} {leaf.g:8.2f}  {text}{cut}")
+        lines.append(f"{leaf.count:7d} {leaf.g:8.2f}  {astar_search.leaf_line(tree, leaf)}")
     return "\n".join(lines)
 
 
@@ -1043,16 +1048,9 @@ def run(argv):
         problems,
         reward,
         ranks,
-        decode=arguments.decode,
-        n=arguments.completions,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=arguments.stop,
-        value_function=guide,
-        tau=arguments.tau,
-        width=arguments.width,
-        max_nodes=arguments.max_nodes,
         batch=arguments.batch,
         seed=arguments.seed,
+        **decoding_of(arguments, guide),
     )
     status = 0
     if ranks.is_main:

@@ -20,7 +20,6 @@ a run, the command line.
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import gc
 import importlib.util
@@ -360,8 +359,8 @@ def preset_or_file(name):
     known = {field.name: field for field in dataclasses.fields(Config)}
     for key, value in flags.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = data.nearest_flag(flag_name(key), [flag_name(name) for name in known])
+            hint = f"; did you mean {near.strip('-').replace('-', '_')}?" if near else ""
             raise argparse.ArgumentTypeError(f"{name}: there is no flag {key}{hint}")
         wanted = known[key].type
         fits = type(value) is wanted or (wanted is float and type(value) is int)

@@ -181,31 +181,21 @@ class PrintedTree(astar_search.Tree):
             del facts["G"]  # there is no noise
         line = "".join(f"  {letter}{numbers(x)}" for letter, x in facts.items())
         print(f"   pop {text_of(node):4s}{line}{'   a leaf' if node.is_leaf else ''}")
-        if not node.is_leaf and self.options.tau > 0:
-            print_children(node)
-        elif not node.is_leaf:
-            print_plain_children(node)
+        if not node.is_leaf:
+            print_children(node, noise=self.options.tau > 0)
 
 
-def print_plain_children(node):
-    """The children of an evaluated node in a search without noise, in the order of the letters."""
+def print_children(node, noise):
+    """The children of an evaluated node, in the order of the letters; their noise if there is."""
     rows = []
     for child in sorted(node.children, key=lambda child: child["token"]):
-        columns = (child["log_prob"], child["g"], child["h"], child["f"])
-        rows.append((text_of(node) + LETTERS[child["token"]], columns))
-    print_table(("below", "logπ", "g", "h", "f"), rows)
-
-
-def print_children(node):
-    """The children of an evaluated node, in the order of the letters."""
-    rows = []
-    for child in sorted(node.children, key=lambda child: child["token"]):
-        gumbel = astar_search.gumbel(torch.tensor(child["key"].item())).item()
-        noisy = child["g"] + gumbel
-        label = text_of(node) + LETTERS[child["token"]]
-        columns = (child["log_prob"], child["g"], gumbel, noisy, child["G"], child["h"], child["f"])
-        rows.append((label, columns))
-    print_table(("child", "logπ", "g", "Gumbel", "noisy", "G", "h", "f"), rows)
+        columns = {"logπ": child["log_prob"], "g": child["g"]}
+        if noise:
+            gumbel = astar_search.gumbel(torch.tensor(child["key"].item())).item()
+            columns |= {"Gumbel": gumbel, "noisy": child["g"] + gumbel, "G": child["G"]}
+        columns |= {"h": child["h"], "f": child["f"]}
+        rows.append((text_of(node) + LETTERS[child["token"]], columns.values()))
+    print_table(("child" if noise else "below", *columns), rows)
 
 
 def show_search(walk):

@@ -13,9 +13,15 @@ problems of every evaluation.  It is rather wide: the seeds already differ by th
 import argparse
 import math
 import statistics
+import sys
 
 import compare
 import numpy
+import task_report
+
+sys.path.insert(0, str(compare.ROOT / "examples"))
+
+import plot
 
 MAIN_JOB = compare.RESULTS / "main_job"
 PROBLEMS = 500  # of an evaluation
@@ -56,18 +62,11 @@ def rising(values):
 
 
 def tokens_to(tokens, accuracies, target):
-    """Model tokens at which a curve has the target, between two points by a line; None if never.
+    """Model tokens at which the budgets, made to rise, have the target; None if never.
 
-    At or above the target from the first point on, it is that point's tokens: an upper bound.
+    At or above the target from the first budget on, it is that one's tokens: an upper bound.
     """
-    accuracies = rising(accuracies)
-    if accuracies[0] >= target:
-        return tokens[0]
-    for i in range(1, len(tokens)):
-        low, high = accuracies[i - 1], accuracies[i]
-        if high >= target:
-            return tokens[i - 1] + (target - low) / (high - low) * (tokens[i] - tokens[i - 1])
-    return None
+    return task_report.tokens_to(list(zip(tokens, rising(accuracies))), target)
 
 
 def drawn_again(ends, generator):
@@ -109,11 +108,6 @@ def to_target(draws=2000):
     }
 
 
-def accuracy(x):
-    """.812 for 0.812."""
-    return f"{x:.3f}".lstrip("0")
-
-
 def thousands(tokens):
     """1,167 k for 1167000."""
     return f"{tokens / 1000:,.0f} k"
@@ -133,7 +127,7 @@ def budget_row(name, method, reached):
     cells = []
     for own_tokens, own_accuracies, own_seconds in ends:
         price = f"{thousands(statistics.mean(own_tokens))}, {statistics.mean(own_seconds):.0f} s"
-        cells.append(f"{accuracy(statistics.mean(own_accuracies))} ({price})")
+        cells.append(f"{task_report.short(statistics.mean(own_accuracies))} ({price})")
     to_80 = f"{thousands(tokens)} ({interval(low / 1000, high / 1000, 0, ' k')})"
     return f"| {name} | {len(ends[0][0])} | {to_80} | {', '.join(cells)} |"
 
@@ -144,7 +138,7 @@ def base_row(name, method):
     Without seconds: the machine was slower when these runs were made.
     """
     tokens, accuracies, _ = budget_ends("base", method, only="lr 2e-4")[-1]
-    ends = " ".join(accuracy(x) for x in accuracies)
+    ends = " ".join(task_report.short(x) for x in accuracies)
     return f"| {name} | {len(tokens)} | - | {ends} ({thousands(statistics.mean(tokens))}) |"
 
 
@@ -157,7 +151,7 @@ def run_row(name, files):
     for file in files:
         rows = compare.rows(MAIN_JOB / file)
         last.append([row for row in rows if "eval_accuracy" in row][-1])
-    ends = " ".join(accuracy(row["eval_accuracy"]) for row in last)
+    ends = " ".join(task_report.short(row["eval_accuracy"]) for row in last)
     tokens = thousands(statistics.mean(row["model_tokens"] for row in last))
     return f"| {name} | {len(files)} | - | {ends} ({tokens}) |"
 
@@ -177,7 +171,7 @@ def trl_row():
     )
     price = f"{thousands(last['model_tokens'])}, {seconds}"
     name = f"TRL's GRPOTrainer, the best of {len(rows)} learning rates"
-    return f"| {name} | 1 | - | {accuracy(last['eval_accuracy'])} ({price}) |"
+    return f"| {name} | 1 | - | {task_report.short(last['eval_accuracy'])} ({price}) |"
 
 
 def table():
@@ -200,11 +194,7 @@ def table():
 
 def draw(path):
     """Write the picture: a line a method through the ends of its budgets, named beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plot.load_pyplot()
     lines = [
         ("A* search until right,\ntrain on what it found (em)", "budgets", SEARCH, "", "C1"),
         ("sampling, the same loss (em)", "budgets", SAMPLING, "", "C2"),

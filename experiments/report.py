@@ -11,9 +11,14 @@ evaluation problems.  The latter redraws the number of right answers of every ev
 
 import argparse
 import fnmatch
+import sys
 
 import compare
 import numpy
+
+sys.path.insert(0, str(compare.ROOT / "examples"))
+
+import plot
 
 PROBLEMS = 500  # of an evaluation
 
@@ -136,11 +141,7 @@ def diversity(rows, iterations=30):
 
 def draw(rows, target, path):
     """Write the curves of accuracy by tokens and by CPU seconds to a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plot.load_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     names = in_order(method(row) for row in rows)
     labelled = set()
