@@ -83,6 +83,13 @@ TASK_METHODS = {
     "sampling 8": f"{SAMPLE} 8",
 }
 
+# Sampling by each loss: the same samples an iteration, three learning rates each.
+TASK_LOSSES = {
+    "sampling 4, em": f"{SAMPLE} 4",
+    "sampling 8, grpo": f"{SAMPLE} 8 --loss grpo --problems-per-iteration 64",
+    "sampling 8, ppo": f"{SAMPLE} 8 --loss ppo --problems-per-iteration 64",
+}
+
 # Plain A* and sampling on one grid of budgets (thousand model tokens): the iterations that cost
 # about as much.  Each run is annealed to its end and evaluated there.  Sampling goes on until it
 # has 80 % as well.
@@ -121,6 +128,17 @@ def runs(methods, rates, iterations, common=COMMON):
     return suite
 
 
+def task_rate_runs():
+    """name -> flags: sampling by each loss at each learning rate, 60 iterations of the task."""
+    suite = {}
+    for name, flags in TASK_LOSSES.items():
+        for rate in RATES:
+            suite[f"{name}; lr {rate}; 60"] = (
+                f"{TASK} --iterations 60 --learning-rate {rate} {flags}"
+            )
+    return suite
+
+
 def budget_runs():
     """name -> flags: `--config quick` by both methods, for each budget."""
     suite = {}
@@ -134,6 +152,7 @@ def budget_runs():
 
 SUITES = {
     "budgets": budget_runs(),
+    "task_rates": task_rate_runs(),
     # all methods, 4 iterations of warm-up
     "base": runs(METHODS, RATES, [40, 80]),
     # the em loss, 1 iteration of warm-up

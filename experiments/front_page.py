@@ -161,7 +161,8 @@ def trl_row():
 
     Beside it the seconds of plain A* for as much, measured in the same days (suite `quick`).
     """
-    rows = [row for row in compare.rows(compare.RESULTS / "trl.jsonl") if row["seed"] == 0]
+    rows = compare.rows(compare.RESULTS / "trl.jsonl")
+    rows = [row for row in rows if row["seed"] == 0 and row.get("digits", "2") == "2"]
     best = max(rows, key=lambda row: row["curve"][-1]["eval_accuracy"])
     last = best["curve"][-1]
     ours = budget_ends("quick", SEARCH, only="lr 2e-4")

@@ -2,6 +2,7 @@
 
     python -m venv trl && trl/bin/pip install -r experiments/requirements.txt
     trl/bin/python experiments/trl_grpo.py --learning-rate 2e-4 --seed 0
+    trl/bin/python experiments/trl_grpo.py --digits 2-3 --model tiny_base/task --max-new-tokens 96
 
 256 completions a batch (32 problems x 8), no KL term, clip .2; TRL's own defaults otherwise.  Every
 16 batches the greedy accuracy on the same 500 held-out problems; ends at 80 %.  Appends a row to
@@ -32,7 +33,6 @@ import fsdp
 import policy
 import reward as reward_module
 
-MAX_NEW_TOKENS = 48
 COMPLETIONS = 8  # of a problem
 
 
@@ -41,9 +41,10 @@ class TokenCountingReward:
 
     __name__ = "reward"  # TRL logs it under this name
 
-    def __init__(self, reward, eos):
+    def __init__(self, reward, eos, max_new_tokens):
         self.reward = reward
         self.eos = eos
+        self.max_new_tokens = max_new_tokens
         self.tokens = 0
 
     def __call__(self, prompts, completions, completion_ids, truth, **_):
@@ -53,7 +54,7 @@ class TokenCountingReward:
         rewards = []
         for text, answer, ids in zip(completions, truth, completion_ids):
             truncated = self.eos not in ids
-            verdict = self.reward(text, answer, len(ids) / MAX_NEW_TOKENS, truncated)
+            verdict = self.reward(text, answer, len(ids) / self.max_new_tokens, truncated)
             rewards.append(verdict["reward"])
         return rewards
 
@@ -61,13 +62,12 @@ class TokenCountingReward:
 class Watch(TrainerCallback):
     """Evaluates every 16 batches, and stops at the target or when the time is over."""
 
-    def __init__(self, model, tokenizer, reward, target, seconds):
+    def __init__(self, model, tokenizer, reward, args):
         self.model = model
         self.tokenizer = tokenizer
         self.reward = reward
-        self.target = target
-        self.most_seconds = seconds
-        self.problems = data.eval_problems(500, "2", "terse")
+        self.args = args
+        self.problems = data.eval_problems(500, args.digits, "terse")
         self.curve = []
         self.start = time.process_time()
         self.evaluation_seconds = 0.0
@@ -77,7 +77,12 @@ class Watch(TrainerCallback):
         start = time.process_time()
         ranks = fsdp.Ranks(0, 1, torch.device("cpu"))
         result, _ = evaluation.evaluate(
-            self.model, self.tokenizer, self.problems, self.reward.reward, ranks
+            self.model,
+            self.tokenizer,
+            self.problems,
+            self.reward.reward,
+            ranks,
+            max_new_tokens=self.args.max_new_tokens,
         )
         self.evaluation_seconds += time.process_time() - start
         seconds = time.process_time() - self.start - self.evaluation_seconds
@@ -96,7 +101,8 @@ class Watch(TrainerCallback):
         if state.global_step % 16 == 0:
             self.measure(state.global_step)
             last = self.curve[-1]
-            if last["eval_accuracy"] >= self.target or last["seconds"] > self.most_seconds:
+            late = last["seconds"] > self.args.seconds
+            if last["eval_accuracy"] >= self.args.target or late:
                 control.should_training_stop = True
 
 
@@ -110,7 +116,7 @@ def make_config(args, folder):
         lr_scheduler_type="constant",
         per_device_train_batch_size=args.problems * COMPLETIONS,
         num_generations=COMPLETIONS,
-        max_completion_length=MAX_NEW_TOKENS,
+        max_completion_length=args.max_new_tokens,
         beta=0.0,
         epsilon=0.2,
         use_cpu=True,
@@ -128,6 +134,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(ROOT / "tiny_base"))
+    parser.add_argument("--digits", default="2", help="of the operands")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--problems", type=int, default=32, help="a batch")
@@ -137,13 +145,15 @@ def main():
     args = parser.parse_args()
 
     model, tokenizer = policy.load_policy(args.model)
-    reward = TokenCountingReward(reward_module.Reward(), tokenizer.eos_token_id)
+    reward = TokenCountingReward(
+        reward_module.Reward(), tokenizer.eos_token_id, args.max_new_tokens
+    )
     examples = []
     for i in range(20000):
-        problem = data.train_problem(args.seed, 0, i, "2", "terse")
+        problem = data.train_problem(args.seed, 0, i, args.digits, "terse")
         examples.append({"prompt": problem.prompt, "truth": problem.answer})
     with tempfile.TemporaryDirectory() as folder:
-        watch = Watch(model, tokenizer, reward, args.target, args.seconds)
+        watch = Watch(model, tokenizer, reward, args)
         trainer = GRPOTrainer(
             model,
             reward,
@@ -158,6 +168,7 @@ def main():
     row = {
         "setting": f"TRL GRPO; lr {args.learning_rate:g}",
         "seed": args.seed,
+        "digits": args.digits,
         "flags": f"--problems-per-iteration {args.problems}",
         "cpu": compare.cpu(),
         "threads": torch.get_num_threads(),
