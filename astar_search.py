@@ -1053,8 +1053,9 @@ def complete(
     Raises ValueError if the model cannot serve the search of this prompt, if the prompt has no
     tokens, and for a bound or a temperature that makes no sense.
     """
-    if not isinstance(prompt, str) or isinstance(stop, str):
-        raise ValueError("the prompt is one text, and stop is a list of texts")
+    stops_are_texts = isinstance(stop, (list, tuple)) and all(isinstance(s, str) for s in stop)
+    if not isinstance(prompt, str) or not stops_are_texts or "" in stop:
+        raise ValueError("the prompt is one text, and stop is a list of texts that are not empty")
     if min(K, max_new_tokens, max_nodes) < 1 or not 0 <= tau <= 1:
         raise ValueError("K, max_new_tokens and max_nodes are 1 or more, and tau lies in [0, 1]")
     prompts = [encode_prompt(tokenizer, prompt)]

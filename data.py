@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import reprlib
 import sys
 from dataclasses import dataclass
 
@@ -248,7 +249,8 @@ def read_problem(line, prefill, any_answer):
         # In Python True is an int, and int() accepts "1_000", so the text is checked first.  More
         # than 90 digits are refused, since int() raises an error for thousands of them.
         if isinstance(answer, bool) or not re.fullmatch("[+-]?[0-9]{1,90}", str(answer)):
-            raise ValueError(f"answer must be a whole number, not {answer!r}")
+            shown = reprlib.repr(answer)
+            raise ValueError(f"answer must be a whole number of at most 90 digits, not {shown}")
         answer = int(answer)
 
     if prefill is None:

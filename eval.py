@@ -465,17 +465,15 @@ def judge_completion(
     stop: the texts that end a completion.  What its last token holds behind one is not read.
     The text begins with the prefill, which may have opened the <think> that the completion closes.
     """
-    text = completion_text(tokenizer, prompt_ids, ids) if stop else ""
+    written = ids
+    # The last token of a completion that was not truncated may be the end token.  It is read only
+    # if it is text, such as </answer>.
+    if not truncated and is_control_token(tokenizer, ids[-1]):
+        written = ids[:-1]
+    text = completion_text(tokenizer, prompt_ids, written)
     ends = [text.index(one) + len(one) for one in stop if one in text]
     if ends:
         text = text[: min(ends)]  # up to the stop text that is complete first
-    else:
-        written = ids
-        # The last token is the end token, unless the completion was truncated.  It is read only if
-        # it is text, such as </answer>.
-        if not truncated and is_control_token(tokenizer, ids[-1]):
-            written = ids[:-1]
-        text = completion_text(tokenizer, prompt_ids, written)
     text = problem.prefill + text
     return text, reward.judge(problem, text, len(ids) / max_new_tokens, truncated)
 
@@ -735,7 +733,7 @@ def read_rows(path):
             try:
                 row = json.loads(line)
                 valid = "prompt" in row and "truth" in row and 0 <= row["scores"]["accuracy"] <= 1
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 valid = False
             if not valid:
                 what = "not a problem as eval.py --json writes it to .jsonl"
@@ -760,9 +758,11 @@ def paired_test(rows_A, rows_B, repeats=10_000):
         sizes = f"A has {len(rows_A)} problems and B {len(rows_B)}"
         raise ValueError(f"{sizes}: evaluate both with the same --n")
     for number, (a, b) in enumerate(zip(rows_A, rows_B), start=1):
-        if a["prompt"] != b["prompt"] or a["truth"] != b["truth"]:
-            prompts = f"{a['prompt']!r} in A and {b['prompt']!r} in B"
-            raise ValueError(f"line {number} is about {prompts}: the problems differ")
+        # As JSON: of a reward of one's own a truth may be NaN, which is not equal to itself.
+        about = [json.dumps([row["prompt"], row["truth"]]) for row in (a, b)]
+        if about[0] != about[1]:
+            problems = f"{about[0]} in A and {about[1]} in B (prompt, truth)"
+            raise ValueError(f"line {number} is about {problems}: the problems differ")
     accuracy_A = torch.tensor([row["scores"]["accuracy"] for row in rows_A], dtype=torch.float64)
     accuracy_B = torch.tensor([row["scores"]["accuracy"] for row in rows_B], dtype=torch.float64)
     gain = accuracy_B - accuracy_A  # (problems,)
@@ -902,8 +902,12 @@ def check_arguments(arguments):
         number = getattr(arguments, name)
         if number is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {number}")
-    if not (0 <= arguments.seed <= 2**31 and arguments.show >= 0):
-        raise ValueError("--seed must lie in [0, 2^31], and --show must be 0 or more")
+    if arguments.compare and (arguments.n or arguments.overwrite):
+        raise ValueError(
+            "--compare takes all problems of both files: leave --n and --overwrite out"
+        )
+    if not (0 <= arguments.seed <= 2**31 and arguments.show >= 0 and arguments.threads >= 0):
+        raise ValueError("--seed must lie in [0, 2^31], --show and --threads must be 0 or more")
     if not 0 <= arguments.tau <= 1:
         raise ValueError(f"--tau must lie in [0, 1], not {arguments.tau}")
     if arguments.stop is None:
@@ -1071,8 +1075,10 @@ def main(argv=None):
         what = f": {interrupt}" if str(interrupt) else ""  # what a reward was doing
         print(f"eval.py: stopped by Ctrl-C{what}", file=sys.stderr)
         sys.exit(130)
-    except reward_module.RewardError as error:
+    except (reward_module.RewardError, FloatingPointError) as error:
         sys.exit(f"eval.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("eval.py: the device is out of memory: lower --batch or --max-nodes")
     except BrokenPipeError:  # python eval.py | head
         drop_output()
 

@@ -584,6 +584,8 @@ def read_trainer_state(folder, check_files=True):
         for field in ("iteration", "model_tokens", "seconds"):
             if not isinstance(state[field], (int, float)):
                 raise TypeError(f"{field} is not a number")
+        if not isinstance(state["iteration"], int):
+            raise TypeError("iteration is not a whole number")
         for name, written in state["files"].items():
             if check_files and fingerprint(os.path.join(folder, name)) != written:
                 raise ValueError("its size or checksum is not the one written")

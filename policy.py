@@ -432,26 +432,25 @@ def grpo_advantages(rewards, weight, problem):
 
 
 def em_advantages(targets, weight, problem, correct):
-    """The M-step of EM policy search: maximise E_{pi*}[log pi_theta] over the leaves found.
+    """The M-step of EM policy search: maximise E_{pi*}[log pi_theta] over the right leaves found.
 
     targets (B,): t(r) = value.soft_target(r), exp(r/beta) shifted and scaled to [0, 1].
     weight (B,): leaf weights that sum to one within each problem.  problem (B,): int64.
     correct (B,): bool.  Returns advantages (B,).
 
-    weight * A is the leaf's share of the sum of weight * t(r), scaled by the problem's best t(r).
-    Two consequences:
+    weight * A is the leaf's share of the sum of weight * t(r) over the right leaves, scaled by the
+    best t(r) among them.  Two consequences:
     - A right completion counts alike however unlikely it is under pi.  The gradient is that of
       log E_pi[t(r)], while that of E_pi[r] would be as small as pi.
-    - A problem without a right leaf teaches nothing: its A is 0.  Otherwise the least bad of its
-      wrong leaves would be imitated.
+    - Only right completions teach.  A wrong one is not imitated for what its form has earned, even
+      if it is the best of its problem.
     """
+    t = torch.where(correct, targets, 0.0)  # (B,)
     # Z = sum_i w_i t(r_i)
-    Z = torch.bincount(problem, weight * targets)  # (N,)
-    best = targets.new_zeros(len(Z)).scatter_reduce(0, problem, targets, "amax")  # (N,)
-    solved = torch.bincount(problem, correct.to(weight.dtype)) > 0  # (N,)
+    Z = torch.bincount(problem, weight * t)  # (N,)
+    best = t.new_zeros(len(Z)).scatter_reduce(0, problem, t, "amax")  # (N,)
     # A = t(r)/Z, times the best target; the clamp makes 0/0 a 0
-    advantages = best[problem] * targets / Z[problem].clamp(min=torch.finfo(targets.dtype).tiny)
-    return torch.where(solved[problem], advantages, 0.0)
+    return best[problem] * t / Z[problem].clamp(min=torch.finfo(t.dtype).tiny)
 
 
 def optimal_value(rewards, beta1):

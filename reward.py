@@ -51,7 +51,7 @@ def parse_number(text):
     text = text.strip(" \t\r\n")
     # The length is bounded, because int() raises an error for thousands of digits. \d also matches
     # digits of other scripts, hence isascii.
-    if len(text) < 100 and text.isascii() and NUMBER.fullmatch(text):
+    if len(text) < 130 and text.isascii() and NUMBER.fullmatch(text):
         return int(text.replace(",", ""))
     return None
 

@@ -28,7 +28,9 @@ import math
 import operator
 import os
 import random
+import reprlib
 import resource
+import shlex
 import signal
 import sys
 import textwrap
@@ -201,6 +203,9 @@ def flag_name(field_name):
     return "--" + field_name.replace("_", "-")
 
 
+LARGEST = 1e30  # of any flag: it is still a number in float32
+
+
 def check_flag(field, value):
     """Raise ValueError if the value of a field is not allowed."""
     choices = field.metadata["choices"]
@@ -209,16 +214,17 @@ def check_flag(field, value):
     if isinstance(value, (str, list, tuple)):
         return
     low, above, high = (field.metadata[name] for name in ("low", "above", "high"))
-    if low <= value <= high and above < value < math.inf:  # a NaN fails each of these
+    if low <= value <= high and above < value <= LARGEST:  # a NaN fails each of these
         return
     bounds = []
     if math.isfinite(low):
         bounds.append(f"at least {low}")
     if math.isfinite(above):
         bounds.append(f"above {above}")
-    if math.isfinite(high):
-        bounds.append(f"at most {high}")
-    raise ValueError(f"{flag_name(field.name)} must be {' and '.join(bounds)}, not {value}")
+    if math.isfinite(high) or value > LARGEST:
+        bounds.append(f"at most {min(high, LARGEST):g}")
+    shown = reprlib.repr(value)
+    raise ValueError(f"{flag_name(field.name)} must be {' and '.join(bounds)}, not {shown}")
 
 
 # Draws without replacement from pi, which can be weighted pi/q.  The search of a problem ends when
@@ -362,13 +368,21 @@ def preset_or_file(name):
             near = data.nearest_flag(flag_name(key), [flag_name(name) for name in known])
             hint = f"; did you mean {near.strip('-').replace('-', '_')}?" if near else ""
             raise argparse.ArgumentTypeError(f"{name}: there is no flag {key}{hint}")
-        wanted = known[key].type
-        fits = type(value) is wanted or (wanted is float and type(value) is int)
-        if not fits or (wanted is list and not all(type(text) is str for text in value)):
-            kind = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-            must_be = kind.get(wanted, "a list of texts")
-            raise argparse.ArgumentTypeError(f"{name}: {key} must be {must_be}, not {value!r}")
+        try:
+            check_kind(known[key], value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{name}: {error}") from None
     return {}, {key: value for key, value in flags.items() if key not in OF_ONE_PROCESS}
+
+
+def check_kind(field, value):
+    """Raise ValueError if a value that was read from a file is not of the kind of its field."""
+    wanted = field.type
+    fits = type(value) is wanted or (wanted is float and type(value) is int)
+    if not fits or (wanted is list and not all(type(text) is str for text in value)):
+        kind = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        must_be = kind.get(wanted, "a list of texts")
+        raise ValueError(f"{field.name} must be {must_be}, not {reprlib.repr(value)}")
 
 
 def make_parser():
@@ -497,7 +511,7 @@ def main(argv=None):
             leaf_weight = leaf_weights(rollouts, config)  # (B,)
             soft_targets = value_module.soft_target(rewards, *reward.bounds, config.beta)  # (B,)
             if config.loss == "em":
-                # A = t(r)/sum_i w_i t(r_i), times the best t of the problem; t: soft_targets
+                # A = t(r)/sum_i w_i t(r_i), times the best t; over the right leaves of a problem
                 advantage = policy.em_advantages(
                     soft_targets, leaf_weight, rollouts.problem, correct
                 )
@@ -1323,6 +1337,9 @@ def shown_seconds(seconds):
 
 def print_example(run):
     """What the model writes now for one held-out problem, always the same one."""
+    if not run.example["completions"]:  # of A* decoding
+        run.say(f"{'none':>15}  {run.example['prompt']!r}: no completion within the bounds")
+        return
     completion = run.example["completions"][0]
     verdict = "right" if completion["correct"] else "wrong"
     text = " ".join(f"{run.example['prompt']}{completion['text']}".split())
@@ -1514,11 +1531,23 @@ def print_stop(run, stop_signal):
     elif stop_signal == signal.SIGPIPE:
         by = "because nothing reads its output any more"
     if run.saved:
-        go_on = f"go on from {run.saved} with the same flags and --resume auto"
+        go_on = f"{run.saved} is kept; go on with {flags_to_go_on(run.config)}"
     else:
         go_on = "there is nothing to keep yet"
     run.say(f"train.py: stopped {by} after iteration {run.iteration}; {go_on}", file=sys.stderr)
     return status
+
+
+def flags_to_go_on(config):
+    """The flags, as a user would write them, with which a run that was stopped goes on."""
+    flags = ["--resume", shlex.quote(config.output_dir)]
+    # The other flags are the run's own.  How the process was run is not among them.
+    for name in OF_ONE_PROCESS:
+        value = getattr(config, name)
+        if name in ("resume", "overwrite") or value == getattr(Config, name):
+            continue
+        flags.append(flag_name(name) if value is True else f"{flag_name(name)} {value}")
+    return " ".join(flags)
 
 
 # ------------------------------------------------------------------------------------------- Set-up
@@ -1920,7 +1949,7 @@ INPUTS = ("train_file", "eval_file", "reward")  # the user's files are compared 
 
 def check_output_folder(config, checkpoints):
     """Raise ValueError unless this run may write into its output folder.  Changes nothing."""
-    folder = os.path.abspath(config.output_dir)
+    folder = os.path.realpath(config.output_dir)
     if os.path.isfile(folder):
         raise ValueError(f"--output-dir {folder}: this is a file, give a folder")
     held = list(checkpoints)
@@ -1935,12 +1964,12 @@ def check_output_folder(config, checkpoints):
                     "so the folder is left alone"
                 )
     for path in (config.model, config.train_file, config.eval_file):
-        if config.overwrite and path and os.path.abspath(path).startswith(folder + os.sep):
+        if config.overwrite and path and os.path.realpath(path).startswith(folder + os.sep):
             raise ValueError(
                 f"--overwrite would remove {path}, which this run needs: give another --output-dir"
             )
     resumes_here = config.resume == "auto" or (
-        config.resume and os.path.dirname(os.path.abspath(config.resume)) == folder
+        config.resume and os.path.dirname(os.path.realpath(config.resume)) == folder
     )
     if held and not resumes_here and not config.overwrite:
         raise ValueError(
@@ -2093,6 +2122,12 @@ def flags_of_checkpoint(folder, check_files=True):
     check_files: see fsdp.read_trainer_state, whose ValueError it passes on.
     """
     flags = fsdp.read_trainer_state(folder, check_files)["config"]
+    for field in dataclasses.fields(Config):
+        if field.name in flags:
+            try:
+                check_kind(field, flags[field.name])
+            except ValueError as error:
+                raise ValueError(f"{folder}: trainer_state.json is damaged: {error}") from None
     for name in OF_ONE_PROCESS:
         flags.pop(name, None)
     return flags
@@ -2110,7 +2145,7 @@ def flags_of_run(folder, given):
         flags = flags_of_checkpoint(folder, check_files=False)
         return flags | {"resume": folder, "output_dir": os.path.dirname(os.path.abspath(folder))}
     # In its own folder find_start looks for the newest checkpoint that is whole.
-    at_home = os.path.abspath(given.get("output_dir", folder)) == os.path.abspath(folder)
+    at_home = os.path.realpath(given.get("output_dir", folder)) == os.path.realpath(folder)
     for source in reversed(checkpoints):
         try:
             flags = flags_of_checkpoint(source, check_files=not at_home)
@@ -2138,6 +2173,8 @@ def parse_arguments(argv=None):
             raise ValueError("--eval-only and --checkpoint FOLDER go together")
         if arguments.eval_only and arguments.config:
             raise ValueError("--eval-only takes the flags of the checkpoint: leave --config out")
+        if arguments.eval_only and "model" in given:
+            raise ValueError("--eval-only evaluates the model of --checkpoint: leave --model out")
         if arguments.eval_only:
             arguments.checkpoint = fsdp.newest_checkpoint(arguments.checkpoint)
             preset = flags_of_checkpoint(arguments.checkpoint)
