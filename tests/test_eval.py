@@ -364,6 +364,30 @@ def test_comparison_is_paired():
 
 
 # -------------------------------------------------------------------------- Command line and files
+def test_a_truth_that_is_nan_is_the_same_problem():
+    """NaN is not equal to itself, so a file's problems differed from its own."""
+    rows = [row_of(1.0, truth=math.nan)]
+    assert evaluation.paired_test(rows, rows, repeats=10)["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FloatingPointError("the value head says NaN"), "eval.py: the value head says NaN"),
+        (torch.OutOfMemoryError(), "lower --batch or --max-nodes"),
+    ],
+)
+def test_a_failure_while_decoding_is_a_sentence(error, sentence, monkeypatch):
+    """It was a traceback, where train.py has a sentence for each."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    with pytest.raises(SystemExit, match=sentence):
+        evaluation.main(["--n", "1", "--device", "cpu"])
+
+
 def refused(capsys, *flags):
     """The one sentence on stderr, with exit status 2."""
     with pytest.raises(SystemExit) as stop:
@@ -399,6 +423,10 @@ def refused(capsys, *flags):
         ("--compare OUT/A.jsonl OUT/short.jsonl", "same --n"),
         ("--compare OUT/A.jsonl OUT/other.jsonl", "problems differ"),
         ("--compare OUT/A.jsonl OUT/A.jsonl --json OUT/a.json", "--json"),
+        ("--compare OUT/A.jsonl OUT/A.jsonl --n 1", "leave --n and --overwrite out"),
+        ("--compare OUT/A.jsonl OUT/truth.jsonl", '["1*1=", 1] in A and ["1*1=", 2] in B'),
+        ("--compare OUT/A.jsonl OUT/deep.jsonl", "deep.jsonl, line 1"),
+        ("--threads -1", "--threads"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, said, tmp_path, capsys):
@@ -410,6 +438,8 @@ def test_bad_input_is_one_sentence(flags, said, tmp_path, capsys):
         "empty": "",
         "bad": first + '{"prompt": "2*2="',
         "nan": json.dumps(row_of(math.nan)) + "\n",
+        "truth": json.dumps(row_of(1.0, truth=2)) + "\n" + json.dumps(row_of(1.0)) + "\n",
+        "deep": "[" * 100_000,
         "two": '{"prompt": "1*1=", "answer": 1}\n' * 2,
     }
     for name, text in files.items():

@@ -640,9 +640,11 @@ def test_a_damaged_file_of_a_checkpoint_is_named(name, damage, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["iteration", "model_tokens", "seconds", "config", "files"])
-@pytest.mark.parametrize("content", ["missing", None, "3", []])
+@pytest.mark.parametrize("content", ["missing", None, "3", [], 6.5])
 def test_a_state_without_a_field_is_damaged(field, content, tmp_path):
     """Also one of another kind.  Guards against a run that goes on and fails later."""
+    if content == 6.5 and field in ("model_tokens", "seconds"):
+        return  # these may be
     folder = finished_checkpoint(tmp_path)
     path = folder / "trainer_state.json"
     state = json.loads(path.read_text())

@@ -807,3 +807,22 @@ def test_an_iteration_that_teaches_nothing_has_no_metrics_of_the_policy(tmp_path
     assert row["grad_norm"] == 0.0 and row["value_loss"] > 0
     line = re.search(r"^ +1/1 .*$", capsys.readouterr().out, flags=re.MULTILINE).group()
     assert line.split()[5:8] == ["-", "-", "-"]  # kl, clip, entropy
+
+
+def test_what_to_say_after_a_stop():
+    """The flags that go on: the folder, and how the process was run, which no checkpoint keeps.
+
+    "The same flags and --resume auto" made another run of one that --resume FOLDER had continued,
+    and contradicted --overwrite.
+    """
+    said = train.flags_to_go_on(train.Config(output_dir="runs/a b", distributed=True, replicas=2))
+    assert said == "--resume 'runs/a b' --distributed --replicas 2"
+    assert train.flags_to_go_on(train.Config(overwrite=True)) == "--resume runs/local"
+
+
+def test_an_evaluation_without_a_completion_is_said():
+    """A* decoding may finish none of the first problem within its bounds: it was an IndexError."""
+    said = []
+    example = {"completions": [], "prompt": "12*34="}
+    train.print_example(types.SimpleNamespace(example=example, say=said.append))
+    assert said == ["           none  '12*34=': no completion within the bounds"]

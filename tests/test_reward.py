@@ -132,7 +132,7 @@ def test_numbers_in_every_accepted_form():
     """Plain, signed, padded with white space and with thousands separators, all of one number."""
     rng = random.Random(0)
     for _ in range(2_000):
-        number = rng.randint(-1, 1) * rng.randrange(10 ** rng.randint(1, 13))
+        number = rng.randint(-1, 1) * rng.randrange(10 ** rng.choice((3, 8, 13, 90)))
         sign = "+" if number > 0 and rng.random() < 0.5 else ""
         for text in (f"{number}", f"{number:,}"):
             before = rng.choice(("", " ", "\n", "\t "))

@@ -210,7 +210,8 @@ def test_the_reward_reads_up_to_the_end_of_the_stop_text():
         (tokenizer, ["o", "k", "</", "answer", ">x"], ("</answer>",), "ok</answer>"),
         (tokenizer, ["x", "okay"], ("ok", "okay"), "xok"),  # the one that is complete first
         (tokenizer, ["x", "</s>"], ("ok",), "x"),  # an end token is not read
-        (tokenizer, ["x", "</s>"], ("</s>",), "x</s>"),  # unless it is asked for
+        # Nor if it is a stop text too: every well-formed answer was malformed with --stop '<eos>'.
+        (tokenizer, ["x", "</s>"], ("</s>",), "x"),
         (special, ["4", "</answer>"], ("</answer>",), "4</answer>"),
     )
     for tokenizer, pieces, stop, expected in cases:

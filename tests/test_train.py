@@ -658,6 +658,7 @@ def refused(capsys, folder, *flags):
         ("--checkpoint runs", "--eval-only"),
         ("--eval-only --checkpoint /nowhere", "/nowhere: there is no such folder"),
         ("--eval-only --checkpoint runs --config quick", "leave --config out"),
+        ("--eval-only --checkpoint runs --model tiny_base", "leave --model out"),
         ("--resume auto --overwrite", "--overwrite"),
         ("--resume /nowhere", "/nowhere: there is no such folder"),
         ("--train-file /nowhere.jsonl --eval-file /nowhere.jsonl", "/nowhere.jsonl"),
@@ -878,6 +879,7 @@ def test_ctrl_c_keeps_the_last_finished_iteration(finished, tmp_path, capsys, mo
     assert "stopped by Ctrl-C after iteration 2" in err
     assert err.count("\n") == 1
     assert checkpoint_names(tmp_path) == ["checkpoint_iter_2"]
+    assert f"checkpoint_iter_2 is kept; go on with --resume {tmp_path}\n" in err
     run(tmp_path, "--checkpoint-every", "50", "--resume", "auto", iterations=4)
     assert timeless(tmp_path) == timeless(finished)
 
@@ -923,6 +925,10 @@ def test_no_run_is_mixed_with_another(finished, other_seed, capsys, tmp_path):
         assert "not a run's" in refused(capsys, older, *SMALL, *flags)
     # What a run starts from is not overwritten.
     assert "needs" in refused(capsys, folder, *SMALL, "--model", older, "--overwrite")
+    # Nor if its path leads there by a link: the model was removed.
+    (tmp_path / "link").symlink_to(folder)
+    linked = str(tmp_path / "link" / "checkpoint_iter_2")
+    assert "needs" in refused(capsys, folder, *SMALL, "--model", linked, "--overwrite")
     # Going on from an older checkpoint drops the newer ones.
     assert len(run(folder, "--resume", older, "--keep-checkpoints", "9", iterations=3)) == 4
     assert checkpoint_names(folder) == ["checkpoint_iter_2", "checkpoint_iter_3"]
