@@ -1,4 +1,4 @@
-"""The figures of the 2-3 digit task: experiments/task_report.py and slips.py, by hand."""
+"""The figures of task_report.py, slips.py and tree_baseline.py in experiments/, by hand."""
 
 import math
 import pathlib
@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import diagnose
 import slips
 import task_report
+import tree_baseline
 
 
 def test_tokens_to_an_accuracy_lie_on_a_line():
@@ -71,3 +72,23 @@ def test_a_leaf_has_a_label_after_its_last_parting():
 def test_the_share_of_pairs_won():
     """Ties count half."""
     assert diagnose.wins(torch.tensor([1.0, -1.0, 0.0, 2.0])) == pytest.approx(0.625)
+
+
+def test_the_value_of_a_prefix_is_that_of_the_leaves_below():
+    """Leaves 5 6, 5 7 and 8 of one problem, weights .5 .25 .25, rewards 1 -1 0; another problem.
+
+    Below the prompt: .5 - .25 = .25.  Below 5: .25 / .75 = 1/3.  Guards against a mean over leaves
+    of another problem with the same prompt, and against unweighted leaves.
+    """
+    rollouts = types.SimpleNamespace(
+        tokens=torch.tensor([[1, 2, 5, 6], [1, 2, 5, 7], [1, 2, 8, 0], [1, 2, 5, 6]]),
+        problem=torch.tensor([0, 0, 0, 1]),
+        prompt_length=torch.tensor([2, 2, 2, 2]),
+        length=torch.tensor([4, 4, 3, 4]),
+        values=torch.zeros(4, 3),
+    )
+    values = tree_baseline.tree_values(
+        torch.tensor([1.0, -1.0, 0.0, -1.0]), torch.tensor([0.5, 0.25, 0.25, 1.0]), rollouts
+    )
+    expected = [[0, 0.25, 1 / 3], [0, 0.25, 1 / 3], [0, 0.25, 0], [0, -1, -1]]
+    assert torch.allclose(values, torch.tensor(expected))
