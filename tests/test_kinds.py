@@ -826,3 +826,17 @@ def test_an_evaluation_without_a_completion_is_said():
     example = {"completions": [], "prompt": "12*34="}
     train.print_example(types.SimpleNamespace(example=example, say=said.append))
     assert said == ["           none  '12*34=': no completion within the bounds"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"iterations": "60"}, "iterations must be a whole number, not '60'"),
+        ({"stop": "ab"}, "stop must be a list of texts, not 'ab'"),
+    ],
+)
+def test_a_checkpoint_whose_flags_were_edited_is_damaged(flags, sentence, monkeypatch):
+    """It was a traceback in the first comparison of the flag."""
+    monkeypatch.setattr(fsdp, "read_trainer_state", lambda *_: {"config": flags})
+    with pytest.raises(ValueError, match=f"trainer_state.json is damaged: {sentence}"):
+        train.flags_of_checkpoint("runs/x")
