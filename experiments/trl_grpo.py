@@ -76,6 +76,8 @@ class Watch(TrainerCallback):
         """A point more of the curve."""
         start = time.process_time()
         ranks = fsdp.Ranks(0, 1, torch.device("cpu"))
+        was_training = self.model.training
+        self.model.eval()
         result, _ = evaluation.evaluate(
             self.model,
             self.tokenizer,
@@ -84,6 +86,7 @@ class Watch(TrainerCallback):
             ranks,
             max_new_tokens=self.args.max_new_tokens,
         )
+        self.model.train(was_training)
         self.evaluation_seconds += time.process_time() - start
         seconds = time.process_time() - self.start - self.evaluation_seconds
         point = {
