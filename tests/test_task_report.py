@@ -1,4 +1,4 @@
-"""The figures of task_report.py, slips.py and tree_baseline.py in experiments/, by hand."""
+"""Figures of experiments/ by hand: task_report, slips, tree_baseline and wrong_steps."""
 
 import math
 import pathlib
@@ -15,6 +15,7 @@ import diagnose
 import slips
 import task_report
 import tree_baseline
+import wrong_steps
 
 
 def test_tokens_to_an_accuracy_lie_on_a_line():
@@ -92,3 +93,27 @@ def test_the_value_of_a_prefix_is_that_of_the_leaves_below():
     )
     expected = [[0, 0.25, 1 / 3], [0, 0.25, 1 / 3], [0, 0.25, 0], [0, -1, -1]]
     assert torch.allclose(values, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind"),
+    [
+        ("12*30=360 12*8=96 360+96=556", "a sum with a carry"),  # 60 + 96
+        ("12*30=360 12*8=36 360+36=396", "a product"),
+        ("12*30=360 12*1=12 360+12=472", "a sum without a carry"),
+        ("12*30=360 12*8=96 360+96=456", "no step: the plan, or a number that was copied"),
+        ("12*30=350 12*8=96 350+96=546", "a product"),  # the sum is wrong too, but later
+        ("", "no steps were written"),
+    ],
+)
+def test_the_first_wrong_step(steps, kind):
+    """Guards against the last wrong step, and against 9 + 1 in different places as a carry."""
+    assert wrong_steps.first_wrong(f"<think>{steps}</think><answer>0</answer>") == kind
+
+
+def test_a_carry_is_one_of_the_same_place():
+    """Of all pairs below 100 by the digits' sums; a carry may itself make the next one."""
+    for x in range(100):
+        for y in range(100):
+            by_digits = sum(map(int, str(x))) + sum(map(int, str(y))) != sum(map(int, str(x + y)))
+            assert wrong_steps.carries(x, y) == by_digits
