@@ -8,6 +8,7 @@ difference that its branch makes, and one behind which there is a single leaf wi
 flags are those of train.py.  A row goes into experiments/results/tree_baseline.jsonl.
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -45,8 +46,9 @@ def tree_values(rewards, leaf_weight, rollouts):
     return values
 
 
-def use_tree_values():
-    """Make the loop of train.py give tree_values to gae."""
+@contextlib.contextmanager
+def critic_replaced():
+    """Inside, the loop of train.py gives tree_values to gae."""
     leaf_weights = train.leaf_weights
     gae = value_module.gae
     seen = {}  # the rollouts of this iteration and their weights: gae is not told them
@@ -62,14 +64,19 @@ def use_tree_values():
 
     train.leaf_weights = leaf_weights_seen
     value_module.gae = gae_of_the_tree
+    try:
+        yield
+    finally:
+        train.leaf_weights = leaf_weights
+        value_module.gae = gae
 
 
 def main():
-    use_tree_values()
     argv = "--config ppo --device cpu --output-dir runs/tree_baseline --overwrite".split()
     argv += sys.argv[1:]
     config, _, _ = train.parse_arguments(argv)
-    train.main(argv)
+    with critic_replaced():
+        train.main(argv)
     metrics = compare.rows(pathlib.Path(config.output_dir) / "metrics.jsonl")
     row = {
         "setting": "PPO, tree baselines",
