@@ -577,6 +577,24 @@ def rounds():
     return table
 
 
+def real_rounds():
+    """The same for the real model, before and after, with nodes a round."""
+    table = head("", "width", "1", "2", "4", "8")
+    for preset in ("quick", "ppo"):
+        for label, when in (("before", "before"), ("after", "now")):
+            least = []
+            for width in (1, 2, 4, 8):
+                wanted = {"preset": preset, "model": "SmolLM2-135M", "width": width}
+                rows = suite("rounds", label=label, **wanted)
+                least.append(min(rows, key=lambda row: row["seconds"]))
+            name = f"`{preset}`, {when}"
+            cells = [f"{row['rounds']} ({row['nodes_a_round']:.1f})" for row in least]
+            table.append(line(name, "rounds (nodes a round)", *cells))
+            table.append(line("", "model tokens", *[f"{row['model_tokens']:,}" for row in least]))
+            table.append(line("", "seconds", *[f"{row['seconds']:.1f}" for row in least]))
+    return table
+
+
 # --------------------------------------------------------------------------------------- The pages
 
 LONG = [0, 20, *range(40, 361, 40)]
@@ -610,6 +628,7 @@ TABLES = {
     "real model, seconds": real_seconds,
     "stop by mass": stop_by_mass,
     "rounds": rounds,
+    "real model, rounds": real_rounds,
 }
 
 
