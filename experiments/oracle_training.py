@@ -1,11 +1,14 @@
-"""What would guidance be worth in training if it saw every slip?  The exact 'no mistake yet' as h.
+r"""What would guidance be worth in training if it saw every slip?  The exact 'no mistake yet' as h.
 
     python experiments/oracle_training.py --learning-rate 1e-4 --iterations 60 --seed 0
+    python experiments/oracle_training.py --model tiny_base --digits 2 --max-new-tokens 48 \
+        --max-nodes 128 --iterations 180 --learning-rate 2e-4 --average 0.99 --final-rate 0.1 \
+        --eval-every 20
 
 train.py in the hard regime (3 x 3 digits, chains of five unreliable steps), plain A* until right
-under em.  The h of the search knows the right work: this is a ceiling and no method.  Other flags
-are those of train.py.  The same with h = 0 or the head: `python experiments/compare.py hard`.  A
-row goes into experiments/results/oracle_training.jsonl.
+under em; the second line is about 2 digits.  The h of the search knows the right work: this is a
+ceiling and no method.  Other flags are those of train.py.  The same with h = 0 or the head:
+`python experiments/compare.py hard`.  A row goes into experiments/results/oracle_training.jsonl.
 """
 
 import pathlib
@@ -54,8 +57,9 @@ def main():
     config, _, _ = train.parse_arguments(argv)
     train.main(argv)
     metrics = compare.rows(pathlib.Path(config.output_dir) / "metrics.jsonl")
+    name = "oracle" if config.digits == "3x3" else f"oracle, {config.digits} digits"
     row = {
-        "setting": f"oracle; lr {config.learning_rate:g}; {config.iterations} iterations",
+        "setting": f"{name}; lr {config.learning_rate:g}; {config.iterations} iterations",
         "seed": config.seed,
         "flags": " ".join(argv),
         "cpu": compare.cpu(),

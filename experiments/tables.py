@@ -171,6 +171,25 @@ def task_sampling():
     return table
 
 
+def task_losses():
+    """Sampling by each loss at each learning rate, 60 iterations; a loss's best is bold."""
+    table = head("sampling, 60 iterations", "1e-4", "2e-4", "4e-4")
+    names = {"sampling 4, em": "4 a problem of 128, em"}
+    names["sampling 8, grpo"] = "8 a problem of 64, GRPO"
+    names["sampling 8, ppo"] = "8 a problem of 64, PPO"
+    for method, name in names.items():
+        rows = [
+            runs("task_rates", method, f"; lr {rate}; ")[0] for rate in ("1e-4", "2e-4", "4e-4")
+        ]
+        best = max(end["eval_accuracy"] for end in ends_of(rows))
+        cells = []
+        for row, end in zip(rows, ends_of(rows)):
+            seconds = f", {row['cpu_seconds']:.0f} s"
+            cells.append(reached([end], seconds, yes=end["eval_accuracy"] == best))
+        table.append(line(name, *cells))
+    return table
+
+
 def task_guidance():
     """The first ten iterations of the task by three kinds of h."""
     explained = "explained variance on fresh samples, iterations 2-10"
@@ -607,6 +626,7 @@ TABLES = {
     "half the tokens": half_the_tokens,
     "task run": make(course, "task_seed{}", (20, 21, 22), TASK, "minutes", HARDNESS),
     "task, against sampling": task_sampling,
+    "task, losses of sampling": task_losses,
     "task, guidance": task_guidance,
     "critic of steps": critic_of_steps,
     "ppo run": make(course, "ppo_seed{}", (0, 1, 2), range(0, 91, 10), "seconds"),
