@@ -149,6 +149,20 @@ def half_the_tokens():
     return table
 
 
+def perfect_search():
+    """h that knows the right work, beside h = 0: accuracy of three seeds by iterations."""
+    moments = (20, 60, 100, 140, 180)
+    table = head("h", *[f"{i} iterations" if i == moments[0] else i for i in moments])
+    exact = [
+        {p["iteration"]: p for p in row["curve"]}
+        for row in runs("oracle_training", "oracle, 2 digits")
+    ]
+    zero = [main_job(f"tried_600k_seed{seed}") for seed in (0, 1, 2)]
+    for name, rows in (("exact", exact), ("0", zero)):
+        table.append(line(name, *[reached([row[i] for row in rows]) for i in moments]))
+    return table
+
+
 # --------------------------------------------------------------------------------- 2-3 digits
 
 
@@ -624,6 +638,7 @@ TABLES = {
     "default run": make(course, "seed{}", (0, 1, 2), LONG, "seconds"),
     "default run, today's code": make(course, "local_seed{}", (20, 21, 22), LONG),
     "half the tokens": half_the_tokens,
+    "perfect search": perfect_search,
     "task run": make(course, "task_seed{}", (20, 21, 22), TASK, "minutes", HARDNESS),
     "task, against sampling": task_sampling,
     "task, losses of sampling": task_losses,
