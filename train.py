@@ -222,7 +222,7 @@ def check_flag(field, value):
     if math.isfinite(above):
         bounds.append(f"above {above}")
     if math.isfinite(high) or value > LARGEST:
-        bounds.append(f"at most {min(high, LARGEST):g}")
+        bounds.append(f"at most {min(high, LARGEST)}")
     shown = reprlib.repr(value)
     raise ValueError(f"{flag_name(field.name)} must be {' and '.join(bounds)}, not {shown}")
 

@@ -207,13 +207,18 @@ def run(suite, name, flags, seed):
         _, status, used = os.wait4(process.pid, 0)
     if status != 0:
         raise RuntimeError(f"{name}, seed {seed}: train.py failed, see {folder}.log")
+    seconds = used.ru_utime + used.ru_stime
+    return run_row(name, seed, flags, folder) | {"cpu_seconds": seconds}
+
+
+def run_row(setting, seed, flags, folder):
+    """The row of a run that has ended, by the metrics in its folder."""
     return {
-        "setting": name,
+        "setting": setting,
         "seed": seed,
         "flags": flags,
         "cpu": cpu(),
-        "cpu_seconds": used.ru_utime + used.ru_stime,
-        "curve": curve(rows(folder / "metrics.jsonl")),
+        "curve": curve(rows(pathlib.Path(folder) / "metrics.jsonl")),
     }
 
 

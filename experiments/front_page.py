@@ -30,22 +30,31 @@ SEARCH = "A* tau 0, h=0, em"
 SAMPLING = "sampling 4, em"
 
 
+def runs_of(suite, method, only=""):
+    """The rows of a method in results/SUITE.jsonl, by setting and seed.
+
+    only: what the setting must hold besides.  Raises ValueError if there is no such run.
+    """
+    rows = compare.rows(compare.RESULTS / f"{suite}.jsonl")
+    rows = [row for row in rows if row["setting"].startswith(f"{method}; ")]
+    rows = [row for row in rows if only in row["setting"]]
+    if not rows:
+        raise ValueError(f"results/{suite}.jsonl has no run of {method}: python compare.py {suite}")
+    return sorted(rows, key=lambda row: (row["setting"], row["seed"]))
+
+
 def budget_ends(suite, method, only=""):
     """[(tokens, accuracies, CPU seconds of all seeds), ...] at the ends of a method's budgets.
 
-    suite: name in results/; only: what the setting must hold besides.  The smallest budget comes
-    first.  Raises ValueError if there is no such run.
+    The smallest budget comes first.  Arguments and errors as runs_of.
     """
     ends = {}
-    for row in compare.rows(compare.RESULTS / f"{suite}.jsonl"):
-        if row["setting"].startswith(f"{method}; ") and only in row["setting"]:
-            last = row["curve"][-1]
-            tokens, accuracies, seconds = ends.setdefault(row["setting"], ([], [], []))
-            tokens.append(last["model_tokens"])
-            accuracies.append(last["eval_accuracy"])
-            seconds.append(row["cpu_seconds"])
-    if not ends:
-        raise ValueError(f"results/{suite}.jsonl has no run of {method}: python compare.py {suite}")
+    for row in runs_of(suite, method, only):
+        last = row["curve"][-1]
+        tokens, accuracies, seconds = ends.setdefault(row["setting"], ([], [], []))
+        tokens.append(last["model_tokens"])
+        accuracies.append(last["eval_accuracy"])
+        seconds.append(row["cpu_seconds"])
     return sorted(ends.values(), key=lambda end: statistics.mean(end[0]))
 
 

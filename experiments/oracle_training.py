@@ -56,15 +56,9 @@ def main():
     argv = f"{flags} --device cpu --output-dir runs/oracle --overwrite".split() + sys.argv[1:]
     config, _, _ = train.parse_arguments(argv)
     train.main(argv)
-    metrics = compare.rows(pathlib.Path(config.output_dir) / "metrics.jsonl")
     name = "oracle" if config.digits == "3x3" else f"oracle, {config.digits} digits"
-    row = {
-        "setting": f"{name}; lr {config.learning_rate:g}; {config.iterations} iterations",
-        "seed": config.seed,
-        "flags": " ".join(argv),
-        "cpu": compare.cpu(),
-        "curve": compare.curve(metrics),
-    }
+    setting = f"{name}; lr {config.learning_rate:g}; {config.iterations} iterations"
+    row = compare.run_row(setting, config.seed, " ".join(argv), config.output_dir)
     compare.write("oracle_training", row)
 
 

@@ -23,7 +23,7 @@ import compare
 import front_page
 import report
 import task_report
-from front_page import thousands
+from front_page import runs_of, thousands
 from task_report import short
 
 ROOT = compare.ROOT
@@ -93,13 +93,6 @@ def main_job(name):
     return {row["iteration"]: row for row in suite(f"main_job/{name}")}
 
 
-def runs(name, method, only=""):
-    """The runs of a method in a suite, by budget and seed.  only: what the setting must hold."""
-    rows = [row for row in suite(name) if row["setting"].startswith(f"{method}; ")]
-    rows = [row for row in rows if only in row["setting"]]
-    return sorted(rows, key=lambda row: (row["setting"], row["seed"]))
-
-
 # ------------------------------------------------------------------------------ Runs of a preset
 
 
@@ -110,14 +103,14 @@ def course(pattern, seeds, moments, clock="", difficulties=()):
     """
     more = [" / ".join(difficulties)] if difficulties else []
     table = head("iterations", *moments, *more)
-    runs_of = {seed: main_job(pattern.format(seed)) for seed in seeds}
-    for seed, rows in runs_of.items():
+    by_seed = {seed: main_job(pattern.format(seed)) for seed in seeds}
+    for seed, rows in by_seed.items():
         cells = [short(rows[i]["eval_accuracy"]) for i in moments]
         if difficulties:
             parts = rows[moments[-1]]["eval_accuracy_by_difficulty"]
             cells.append(" / ".join(short(parts[name]) for name in difficulties))
         table.append(line(f"seed {seed}", *cells))
-    at = [[rows[i] for rows in runs_of.values()] for i in moments]
+    at = [[rows[i] for rows in by_seed.values()] for i in moments]
     tokens = [thousands(mean(rows, "model_tokens")) for rows in at]
     table.append(line("model tokens (mean)", *tokens, *["" for _ in more]))
     if clock:
@@ -155,7 +148,7 @@ def perfect_search():
     table = head("h", *[f"{i} iterations" if i == moments[0] else i for i in moments])
     exact = [
         {p["iteration"]: p for p in row["curve"]}
-        for row in runs("oracle_training", "oracle, 2 digits")
+        for row in runs_of("oracle_training", "oracle, 2 digits")
     ]
     zero = [main_job(f"tried_600k_seed{seed}") for seed in (0, 1, 2)]
     for name, rows in (("exact", exact), ("0", zero)):
@@ -177,7 +170,7 @@ def task_sampling():
     """Plain A* against sampling on the task."""
     price = "sampling at its end (tokens, CPU seconds)"
     table = head("seed", price, r"plain A\* needs for the same", "factor")
-    for row in runs("task", "sampling 4", "; 300"):
+    for row in runs_of("task", "sampling 4", "; 300"):
         ours = main_job(f"task_seed{row['seed']}").values()
         own, factor = tokens_ratio(ours, row["curve"])
         cell = reached(ends_of([row]), f", {row['cpu_seconds']:,.0f} s")
@@ -193,7 +186,7 @@ def task_losses():
     names["sampling 8, ppo"] = "8 a problem of 64, PPO"
     for method, name in names.items():
         rows = [
-            runs("task_rates", method, f"; lr {rate}; ")[0] for rate in ("1e-4", "2e-4", "4e-4")
+            runs_of("task_rates", method, f"; lr {rate}; ")[0] for rate in ("1e-4", "2e-4", "4e-4")
         ]
         best = max(end["eval_accuracy"] for end in ends_of(rows))
         cells = []
@@ -209,9 +202,9 @@ def task_guidance():
     explained = "explained variance on fresh samples, iterations 2-10"
     table = head("h", "after 10 iterations", "tokens saved, seed by seed", "mean", explained)
     methods = {"0": "A* h=0", "the head": "A* head", "the head, fitted": "A* fitted head"}
-    without = runs("task", "A* h=0", "first 10")
+    without = runs_of("task", "A* h=0", "first 10")
     for name, method in methods.items():
-        rows = runs("task", method, "first 10")
+        rows = runs_of("task", method, "first 10")
         ratios = [tokens_ratio(a["curve"], b["curve"])[1] for a, b in zip(rows, without)]
         saved = " ".join(f"{ratio:.2f}" for ratio in ratios)
         middle, low, high = task_report.mean_ratio(ratios)
@@ -279,7 +272,7 @@ def first_seeds():
     price = "accuracy at the end of a run (tokens, CPU seconds)"
     table = head("rollouts, loss", "seeds", "tokens to 80 % (95 % interval)", price)
     for name, suite_name, method in listed(FIRST_SEEDS):
-        rows = runs(suite_name, method, "; lr 2e-4; ")
+        rows = runs_of(suite_name, method, "; lr 2e-4; ")
         seeds = len({row["seed"] for row in rows})
         tokens = report.target_cell(rows, front_page.TARGET)
         if tokens.endswith(" seeds)"):  # without the interval, if not all have 80 %
@@ -435,14 +428,14 @@ def hard_regime():
     seeds = "greedy at the end, seed by seed (model tokens)"
     table = head("rollouts, loss", "learning rate", seeds)
     for name, method, rate in listed(HARD_REGIME):
-        ends = ends_of(runs("hard", method, f"; lr {rate}; "))
+        ends = ends_of(runs_of("hard", method, f"; lr {rate}; "))
         table.append(line(name.strip("-"), rate, reached(ends)))
-    ends = ends_of(runs("oracle_training", "oracle", "; lr 0.0002; "))
+    ends = ends_of(runs_of("oracle_training", "oracle", "; lr 0.0002; "))
     accuracies = bold(" ".join(short(end["eval_accuracy"]) for end in ends))
     tokens = ", ".join(thousands(end["model_tokens"]) for end in ends)
     name = bold(r"plain A\* with the exact h until right, em")
     table.append(line(name, "2e-4", f"{accuracies} ({tokens})"))
-    (row,) = runs("oracle_training", "oracle", "; lr 0.0001; ")
+    (row,) = runs_of("oracle_training", "oracle", "; lr 0.0001; ")
     cells = []
     for own in row["curve"]:
         if own["iteration"] in (20, 40, 100):
@@ -591,6 +584,11 @@ def stop_by_mass():
     return table
 
 
+def fastest(**wanted):
+    """Of the rows of results/rounds.jsonl that hold what is wanted the one of least seconds."""
+    return min(suite("rounds", **wanted), key=lambda row: row["seconds"])
+
+
 def rounds():
     """Rounds, model tokens and the least seconds of 64 searches, by width."""
     trained = "quick, 24 iterations"
@@ -602,8 +600,7 @@ def rounds():
     for name, (preset, model) in policies.items():
         least = []
         for width, label in ((1, "after"), (2, "before"), (2, "after"), (4, "after"), (8, "after")):
-            rows = suite("rounds", preset=preset, model=model, width=width, label=label)
-            least.append(min(rows, key=lambda row: row["seconds"]))
+            least.append(fastest(preset=preset, model=model, width=width, label=label))
         table.append(line(name, "rounds", *[row["rounds"] for row in least]))
         table.append(line("", "model tokens", *[f"{row['model_tokens']:,}" for row in least]))
         table.append(line("", "seconds", *[figure(row["seconds"]) for row in least]))
@@ -617,9 +614,8 @@ def real_rounds():
         for label, when in (("before", "before"), ("after", "now")):
             least = []
             for width in (1, 2, 4, 8):
-                wanted = {"preset": preset, "model": "SmolLM2-135M", "width": width}
-                rows = suite("rounds", label=label, **wanted)
-                least.append(min(rows, key=lambda row: row["seconds"]))
+                wanted = {"preset": preset, "width": width, "label": label}
+                least.append(fastest(model="SmolLM2-135M", **wanted))
             name = f"`{preset}`, {when}"
             cells = [f"{row['rounds']} ({row['nodes_a_round']:.1f})" for row in least]
             table.append(line(name, "rounds (nodes a round)", *cells))

@@ -1,12 +1,11 @@
-"""The tables of the 2-3 digit task in docs/results.md, from the committed metrics alone.
+"""The figures of the section on 2-3 digits in docs/results.md, from the committed metrics alone.
 
     python experiments/task_report.py
 
-1. `python train.py --config task` by difficulty: results/main_job/task_seed*.jsonl.
-2. Plain A* against sampling, and with three kinds of guidance: results/task.jsonl.  The tokens that
-   each needs to the last accuracy that both reach, seed by seed, on smoothed curves: each
-   evaluation is averaged with its two neighbours.  The interval is that of Student's t over the
-   logarithms of the seeds' ratios (95 %).
+Plain A* (results/main_job/task_seed*.jsonl) against sampling, and with three kinds of guidance
+(results/task.jsonl): the tokens that each needs to the last accuracy that both reach, seed by seed,
+on smoothed curves.  Each evaluation is averaged with its two neighbours.  The interval is that of
+Student's t over the logarithms of the seeds' ratios (95 %).  The tables are made by tables.py.
 """
 
 import math
@@ -66,31 +65,6 @@ def short(share):
     return f"{share:.3f}".removeprefix("0")
 
 
-def print_runs(rows_of):
-    """A line a run: accuracy at some iterations, then the last one by difficulty.
-
-    rows_of: {name: rows of metrics.jsonl}.
-    """
-    last = [rows[-1]["iteration"] for rows in rows_of.values()]
-    moments = [i for i in (0, 10, 20, 50, 100, 150, 200, 250, 300, 350) if i <= min(last)]
-    print("| iterations | " + " | ".join(str(i) for i in moments) + " | easy / medium / hard |")
-    print("|---" * (len(moments) + 2) + "|")
-    for name, rows in rows_of.items():
-        by_iteration = {row["iteration"]: row for row in rows}
-        cells = [short(by_iteration[i]["eval_accuracy"]) for i in moments]
-        by_difficulty = rows[-1]["eval_accuracy_by_difficulty"]
-        cells.append(" / ".join(short(by_difficulty[d]) for d in ("easy", "medium", "hard")))
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    for title, key, unit in (("model tokens", "model_tokens", 1e3), ("minutes", "seconds", 60)):
-        cells = []
-        for i in moments:
-            figures = []
-            for rows in rows_of.values():
-                figures.append({row["iteration"]: row for row in rows}[i][key])
-            cells.append(f"{statistics.mean(figures) / unit:,.0f}{' k' if unit == 1e3 else ''}")
-        print(f"| {title} (mean) | " + " | ".join(cells) + " | |")
-
-
 def print_against(title, ours, theirs):
     """Tokens of two methods to the last accuracy that both reach.  ours, theirs: seed -> curve."""
     ratios = []
@@ -109,7 +83,6 @@ def print_against(title, ours, theirs):
 
 def main():
     rows_of = {path.stem: compare.rows(path) for path in sorted(MAIN_JOB.glob("task_seed*.jsonl"))}
-    print_runs(rows_of)
     runs = {}
     for name, rows in rows_of.items():
         runs[int(name.removeprefix("task_seed"))] = curve_of(rows)

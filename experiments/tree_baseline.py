@@ -77,14 +77,8 @@ def main():
     config, _, _ = train.parse_arguments(argv)
     with critic_replaced():
         train.main(argv)
-    metrics = compare.rows(pathlib.Path(config.output_dir) / "metrics.jsonl")
-    row = {
-        "setting": "PPO, tree baselines",
-        "seed": config.seed,
-        "flags": " ".join(argv),
-        "cpu": compare.cpu(),
-        "curve": compare.curve(metrics),
-    }
+    flags = " ".join(argv)
+    row = compare.run_row("PPO, tree baselines", config.seed, flags, config.output_dir)
     compare.write("tree_baseline", row)
 
 

@@ -39,8 +39,9 @@ def is_right(step):
 def first_wrong(text):
     """What is wrong first in a wrong completion, as a text."""
     steps = steps_of(text)
-    for x, sign, y, z in steps:
-        if not is_right((x, sign, y, z)):
+    for step in steps:
+        if not is_right(step):
+            x, sign, y, _ = step
             if sign == "*":
                 return "a product"
             return "a sum with a carry" if carries(x, y) else "a sum without a carry"
